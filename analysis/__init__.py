@@ -1,0 +1,1 @@
+"""Reads run folders and turns them into tables, plots and a report."""

@@ -1,0 +1,118 @@
+"""The ledger: what every run cost, and what is unequal where it should be equal.
+
+"Matched" means that this ledger proves it: own + charged images are equal within a block. Passes,
+FLOPs and seconds are columns beside it, with and without the sources that a run stands on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from analysis.load import Study
+
+# column, its name in a sentence, the factors that must be alike for it to have to be equal
+CHECKS = (("images_total", "own + charged images", ()), ("data_digest", "the data", ()),
+          ("stream_digest", "the images, noise and u drawn", ("data_stream", "batch")),
+          ("init_digest", "the random initial weights", ("network",)),
+          ("parameters", "the numbers of parameters", ("network",)))
+ENVIRONMENT = (("commit", "commits"), ("device", "kinds of device"),
+               ("torch", "versions of torch"), ("python", "versions of Python"))
+SPEND = ("images", "charged_images", "images_total", "images_with_sources", "passes",
+         "passes_with_sources", "flops", "flops_with_sources", "seconds", "seconds_with_sources",
+         "parameters")
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """Something unequal that should be equal. cell: "" if it concerns the whole study."""
+
+    what: str
+    cell: str
+    sentence: str
+
+
+def spend(study: Study) -> pd.DataFrame:
+    """Mean spend per trained run: a row per cell, role and name, own and with sources."""
+    groups = study.runs[study.runs.outcome == "trained"].groupby(["cell", "role", "name"],
+                                                                 sort=False)
+    table = groups[list(SPEND)].mean()
+    table.insert(0, "runs", groups.size())
+    return table.reset_index()
+
+
+def audit(study: Study) -> list[Mismatch]:
+    """What is unequal within a block, or over the study, where it should be equal.
+
+    Within a block, among variants: own + charged images; the data's digest; the digest of images,
+    noise and u among runs of one side (student or teacher), data_stream and batch; the initial
+    weights of randomly initialised runs of one network; the parameters of one network. Over the
+    study: commit, device, torch, Python, and whether the checkout was clean.
+    """
+    runs = study.runs[(study.runs.role == "variant") & (study.runs.outcome == "trained")
+                      & (study.runs.same_as == "")]
+    factors = {(r["cell"], r["name"]): r["factors"] for r in study.recipes}
+    found: dict[tuple[str, str, str], list[int]] = {}
+    for (cell, seed), block in runs.groupby(["cell", "seed"], sort=False):
+        for column, label, alike in CHECKS:
+            groups: dict[str, dict[Any, list[str]]] = {}
+            for name, side, value in block[["name", "side", column]].itertuples(index=False):
+                f = factors[cell, name]
+                random = (f.get("init") or {}).get("kind") == "random"
+                if value in ("", None) or value != value or (
+                        column == "init_digest" and not random):
+                    continue
+                key = json.dumps([side if alike else "", *(f.get(k) for k in alike)],
+                                 sort_keys=True)
+                groups.setdefault(key, {}).setdefault(value, []).append(name)
+            for parts in groups.values():
+                if len(parts) > 1:
+                    text = f"{label} differ: {_parts(parts)}"
+                    found.setdefault((column, cell, text), []).append(seed)
+    within = [Mismatch(column, cell, f"{cell}, seed{'s' * (len(seeds) > 1)} "
+                       f"{', '.join(map(str, seeds))}: {text}.")
+              for (column, cell, text), seeds in found.items()]
+    return within + _over_study(study.attempts)
+
+
+def _parts(parts: dict[Any, list[str]]) -> str:
+    """The values with the names that have them; of digests only who agrees with whom."""
+    if all(isinstance(v, float) for v in parts):
+        return "; ".join(f"{v:,.0f} for {', '.join(names)}" for v, names in parts.items())
+    return " against ".join(", ".join(names) for names in parts.values())
+
+
+def _over_study(starts: pd.DataFrame) -> list[Mismatch]:
+    found = []
+    for column, label in ENVIRONMENT:
+        counts = environment(starts, column)
+        if len(counts) > 1:
+            each = ", ".join(f"{value} ({n} runs)" for value, n in counts.items())
+            found.append(Mismatch(column, "", f"The runs stand on {len(counts)} {label}: {each}."))
+    dirty = starts[starts["dirty"].eq(True)]["id"].nunique()
+    if dirty:
+        found.append(Mismatch("dirty", "", f"{dirty} runs were started from a checkout with "
+                              "uncommitted changes."))
+    return found
+
+
+def environment(starts: pd.DataFrame, column: str) -> dict[str, int]:
+    """How many runs were started under each value of a provenance column."""
+    values = starts[column].fillna("unknown").astype(str).str[:24]
+    return starts.groupby(values)["id"].nunique().to_dict()
+
+
+def standing(study: Study, mismatches: Iterable[Mismatch], cell: str, ids: Iterable[str]) -> str:
+    """What a caption owes its reader: how many planned runs it stands on, and what is unequal."""
+    rows = study.runs[(study.runs.cell == cell) & (study.runs.role == "variant")]
+    planned = set(rows["id"])
+    diverged = rows[rows.outcome == "diverged"]["id"].nunique()
+    text = f"Stands on {len(planned & set(ids))} of {len(planned)} planned runs of {cell}"
+    text += f" ({diverged} diverged and left out)." if diverged else "."
+    shown = [m.sentence for m in mismatches if m.cell in ("", cell)]
+    more = f" And {len(shown) - 3} more in the ledger audit." if len(shown) > 3 else ""
+    return text + (f" It stands on a mismatch: {' '.join(shown[:3])}{more}" if shown else "")

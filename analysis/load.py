@@ -1,0 +1,328 @@
+"""Reads a study folder into tidy frames; the run folders are the only record.
+
+One row per run in `Study.runs`, one per measured scalar in `Study.measures`, each with the path of
+the file it was read from. A run's bill is kept three ways: its own spend; its own images
+plus the images charged to it, the sum by which variants are matched; its spend with all the
+sources that it stands on, each counted once. Only a missing or unreadable study.json is fatal: any
+other file that is missing or broken is named in `Study.missing` or `Study.problems`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from study.errors import StudyError
+
+SCHEMA = 1
+SPEND = ("images", "updates", "passes", "flops", "seconds")
+SCALARS = {"mode_mass": {"mode_mass_between": "between", "mode_mass_tv": "tv"}, "score_error": {}}
+PER_SIGMA = ("variance", "variance_se", "bias2", "bias2_se", "distance2", "distance2_se",
+             "held_out_loss", "held_out_loss_se", "posterior_variance")
+
+RUN_COLUMNS = ("name", "role", "cell", "seed", "id", "folder", "same_as", "state", "outcome",
+               "reason", *SPEND, "charged_images", "images_total",
+               *(f"{k}_with_sources" for k in SPEND), "planned_images", "side", "parameters",
+               "sigma_data", "data_digest", "init_digest", "stream_digest")
+MEASURE_COLUMNS = ("name", "role", "cell", "seed", "id", "at", "images", "images_total", "metric",
+                   "nfe", "ema", "reference", "value", "floor", "draws", "draws_sd", "identity",
+                   "file")
+SCORE_COLUMNS = ("name", "cell", "seed", "id", "at", "score", "sigma", *PER_SIGMA, "known",
+                 "dimension", "t_star", "identity", "file")
+MAP_COLUMNS = ("name", "cell", "seed", "id", "at", "ema", "sigma", "rms", "identity", "file")
+ATTEMPT_COLUMNS = ("id", "commit", "dirty", "device", "torch", "python", "host")
+MISSING_COLUMNS = ("name", "cell", "seed", "id", "file", "why")
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as found on disk: the plan (study.json) and what its run folders hold.
+
+    runs, measures, score_errors, map_errors: frames with the columns named above, in the order of
+    the study file. missing: measurements asked for and not there. problems: one sentence per file
+    that could not be used. A run's state is pending, unfinished (running or interrupted: the files
+    cannot tell), failed, or done; a diverged run is done, with outcome "diverged".
+    """
+
+    folder: Path
+    name: str
+    question: str
+    primaries: dict[str, dict[str, Any]]  # by cell; a cell without one has no entry
+    seeds: tuple[int, ...]
+    cells: tuple[str, ...]
+    recipes: tuple[dict[str, Any], ...]
+    runs: pd.DataFrame
+    measures: pd.DataFrame
+    score_errors: pd.DataFrame
+    map_errors: pd.DataFrame
+    attempts: pd.DataFrame
+    missing: pd.DataFrame
+    problems: tuple[str, ...]
+
+
+def known(results: Path) -> list[str]:
+    """Names of the studies under a results folder, sorted."""
+    return sorted(p.parent.name for p in results.glob("*/study.json"))
+
+
+def find(name: str, results: Path = Path("results")) -> Path:
+    """The folder of a study given by name (under `results`) or by path.
+
+    Raises StudyError, listing the known studies, when there is none.
+    """
+    for folder in (results / name, Path(name)):
+        if (folder / "study.json").is_file():
+            return folder
+    names = known(results)
+    near = difflib.get_close_matches(Path(name).stem, names, n=1)
+    raise StudyError(f"{name}: no such study: neither {results / name} nor {name} holds a "
+                     f"study.json; known under {results}/: {', '.join(names) or 'none'}"
+                     + (f" (did you mean {near[0]}?)" if near else ""))
+
+
+def load(folder: Path) -> Study:
+    """Everything that a study folder holds. Raises StudyError if study.json cannot be read."""
+    plan = _plan(folder / "study.json")
+    problems: list[str] = []
+    found: dict[str, _Run] = {}
+    for entry in plan["runs"]:
+        if entry["id"] not in found:
+            found[entry["id"]] = _read_run(folder, entry, problems)
+    spends = {i: {k: number(run.trained.get("spend", {}).get(k)) for k in SPEND}
+              for i, run in found.items()}
+    below = {e["id"]: {*e["refs"], *e["charged"]} for e in plan["runs"]}
+    sources = {i: _closure(i, below) for i in below}
+    rows: dict[str, list[tuple]] = {k: [] for k in ("run", "measure", "score", "map", "missing")}
+    first: dict[tuple[str, str], str] = {}
+    for entry in plan["runs"]:
+        recipe, run = plan["recipes"][entry["recipe"]], found[entry["id"]]
+        same_as = first.setdefault((recipe["cell"], entry["id"]), recipe["name"])
+        charged = math.fsum(spends.get(i, {}).get("images", math.nan) for i in entry["charged"])
+        own = spends[entry["id"]]
+        billed = [own, *(spends.get(i, {}) for i in sorted(sources[entry["id"]]))]
+        where = (recipe["name"], recipe["cell"], entry["seed"], entry["id"])
+        rows["run"].append((
+            recipe["name"], recipe["role"], recipe["cell"], entry["seed"], entry["id"],
+            f"runs/{entry['folder']}", "" if same_as == recipe["name"] else same_as, run.state,
+            run.trained.get("outcome", ""), run.reason, *own.values(), charged,
+            own["images"] + charged,
+            *(math.fsum(s.get(k, math.nan) for s in billed) for k in SPEND),
+            number(recipe["factors"].get("budget", {}).get("images")), run.side,
+            *(number(run.trained.get(k)) for k in ("parameters", "sigma_data")),
+            *(run.trained.get(k) or "" for k in ("data_digest", "init_digest",
+                                                 "stream_digest"))))
+        for file, record in run.records.items():
+            _spread(rows, where, recipe["role"], charged, run.trained.get("data_digest"),
+                    file, record)
+        rows["missing"] += [(*where, file, why) for file, why in run.missing.items()]
+    attempts = [(i, *(start.get(k) for k in ATTEMPT_COLUMNS[1:]))
+                for i, run in found.items() for start in run.starts]
+    return Study(
+        folder=folder, name=plan["name"], question=plan["question"],
+        primaries=_primaries(plan), seeds=tuple(plan["seeds"]), cells=tuple(plan["cells"]),
+        recipes=tuple(plan["recipes"]),
+        runs=pd.DataFrame(rows["run"], columns=list(RUN_COLUMNS)),
+        measures=pd.DataFrame(rows["measure"], columns=list(MEASURE_COLUMNS)),
+        score_errors=pd.DataFrame(rows["score"], columns=list(SCORE_COLUMNS)),
+        map_errors=pd.DataFrame(rows["map"], columns=list(MAP_COLUMNS)),
+        attempts=pd.DataFrame(attempts, columns=list(ATTEMPT_COLUMNS)),
+        missing=pd.DataFrame(rows["missing"], columns=list(MISSING_COLUMNS)),
+        problems=tuple(problems))
+
+
+def number(value: object) -> float:
+    """A finite JSON number as float; nan for null, text and infinities: "not measured"."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and math.isfinite(value) else math.nan
+
+
+def numbers(values: object) -> list[float]:
+    """A JSON list as floats (see `number`); empty for anything else."""
+    return [number(v) for v in values] if isinstance(values, list) else []
+
+
+def identity(settings: dict[str, Any], data_digest: str | None) -> str:
+    """A measurement's identity: kind and every setting but the point, with the data's digest.
+
+    Only values of equal identity may be compared or averaged.
+    """
+    inner = [f"{k}={v if isinstance(v, str) else json.dumps(v, sort_keys=True)}"
+             for k, v in sorted(settings.items())
+             if k not in ("kind", "at") and not isinstance(v, dict | list) and v is not None]
+    lists = [f"{k}={json.dumps(v, sort_keys=True)}" for k, v in sorted(settings.items())
+             if isinstance(v, dict | list)]
+    return f"{settings['kind']}[{', '.join([*inner, *lists, f'data_digest={data_digest}'])}]"
+
+
+@dataclass
+class _Run:
+    """One run folder, read once however many names mean it."""
+
+    trained: dict[str, Any]
+    side: str
+    starts: list[dict[str, Any]]
+    reason: str
+    records: dict[str, dict[str, Any]]
+    missing: dict[str, str]
+    state: str
+
+
+def _plan(path: Path) -> dict[str, Any]:
+    problems: list[str] = []
+    plan = _json(path, str(path), problems)
+    if plan is None:
+        raise StudyError(problems[0] if problems else f"{path}: no such file")
+    if plan.get("schema") != SCHEMA:
+        raise StudyError(f"{path}: schema: given {plan.get('schema')!r}, allowed {SCHEMA}")
+    absent = [k for k in ("name", "question", "primary", "seeds", "cells", "recipes", "runs")
+              if k not in plan]
+    if absent:
+        raise StudyError(f"{path}: {', '.join(absent)}: missing; rebuild it with study.run --plan")
+    return plan
+
+
+def _primaries(plan: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The primary comparison by cell; the file may hold one for all cells, one per cell, or none."""
+    given = plan["primary"] or {}
+    by_cell = dict.fromkeys(plan["cells"], given) if "variant" in given else given
+    return {cell: primary for cell, primary in by_cell.items() if primary}
+
+
+def _read_run(folder: Path, entry: dict[str, Any], problems: list[str]) -> _Run:
+    relative = f"runs/{entry['folder']}"
+    root = folder / relative
+
+    def read(file: str) -> dict[str, Any] | None:
+        record = _json(root / file, f"{relative}/{file}", problems)
+        if record is not None and record.get("id") != entry["id"]:
+            problems.append(f"{relative}/{file}: belongs to id {record.get('id')!r}, "
+                            f"not to {entry['id']!r}; not used")
+            return None
+        return record
+
+    if not root.is_dir():
+        return _Run({}, "", [], "", {}, dict.fromkeys(entry["measures"], "not started"), "pending")
+    side = (read("run.json") or {}).get("role", "")
+    trained = read("trained.json") or {}
+    events = list(_lines(root / "attempts.jsonl", f"{relative}/attempts.jsonl", problems))
+    reason = next((str(e.get("reason", "")) for e in reversed(events)
+                   if e.get("event") in ("start", "end")), "")
+    points = {round(number(s.get("at")), 3) for s in trained.get("snapshots", [])}
+    present = _names(root / "measures")
+    diverged = trained.get("outcome") == "diverged"
+    records, missing, undone = {}, {}, False
+    for file in entry["measures"]:
+        record = None
+        if file in present:
+            record = read(f"measures/{file}")
+            if record is not None and "kind" not in (record.get("settings") or {}):
+                problems.append(f"{relative}/measures/{file}: names no settings.kind; not used")
+                record = None
+        if record is not None:
+            records[f"{relative}/measures/{file}"] = record
+        elif file in present:
+            missing[file], undone = "cannot be read", True
+        elif not trained or diverged:
+            missing[file] = "diverged" if diverged else "not trained"
+        elif number(_float(file.split("-")[0])) in points:
+            missing[file], undone = "not measured yet", True
+        else:
+            missing[file] = "no snapshot: not measured"
+    if trained and not undone:
+        state = "done"
+    elif reason not in ("", "done", "stopped"):
+        state = "failed"
+    else:
+        state = "unfinished" if trained or events else "pending"
+    return _Run(trained, side, [e for e in events if e.get("event") == "start"],
+                str(trained.get("reason") or reason), records, missing, state)
+
+
+def _spread(rows: dict[str, list[tuple]], where: tuple, role: str, charged: float,
+            digest: str | None, file: str, record: dict[str, Any]) -> None:
+    """Appends one measurement file's scalars and per-sigma values to the rows of the frames."""
+    settings = record["settings"]
+    kind, at, images = settings["kind"], number(record.get("at")), number(record.get("images"))
+    what = identity(settings, digest)
+    name, cell, seed, run = where
+    draws = numbers(record.get("draws"))
+    spread = pd.Series(draws).std() if len(draws) > 1 else math.nan
+    ema = settings.get("ema")
+    ema = "" if ema is None else str(ema)
+    for metric, key in SCALARS.get(kind, {kind: "value"}).items():
+        rows["measure"].append((
+            name, role, cell, seed, run, at, images, images + charged, metric,
+            number(settings.get("nfe")), ema, settings.get("reference") or "",
+            number(record.get(key)), number(record.get("floor")), len(draws), spread, what, file))
+    sigmas = numbers(record.get("sigma"))
+    if kind == "score_error":
+        columns = [numbers(record.get(k)) or [math.nan] * len(sigmas) for k in PER_SIGMA]
+        tail = (bool(record.get("known")), number(record.get("dimension")),
+                number(record.get("t_star")), what, file)
+        score = json.dumps(settings.get("score"), sort_keys=True)
+        rows["score"] += [(*where, at, score, *values, *tail)
+                          for values in zip(sigmas, *columns, strict=False)]
+    if kind == "map_error":
+        rows["map"] += [(*where, at, ema, sigma, rms, what, file) for sigma, rms
+                        in zip(sigmas, numbers(record.get("rms")), strict=False)]
+
+
+def _closure(start: str, below: dict[str, set[str]]) -> set[str]:
+    """Every id reached from `start` by references or charges, itself left out, each once."""
+    seen: set[str] = set()
+    todo = list(below.get(start, ()))
+    while todo:
+        current = todo.pop()
+        if current not in seen and current != start:
+            seen.add(current)
+            todo += below.get(current, ())
+    return seen
+
+
+def _names(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _json(path: Path, label: str, problems: list[str]) -> dict[str, Any] | None:
+    """One JSON object; None if the file is missing, or broken (then named in `problems`)."""
+    try:
+        record = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        problems.append(f"{label}: cannot be read: {error}")
+        return None
+    if not isinstance(record, dict):
+        problems.append(f"{label}: holds no JSON object; not used")
+        return None
+    return record
+
+
+def _lines(path: Path, label: str, problems: list[str]) -> Iterable[dict[str, Any]]:
+    """The JSON objects of a .jsonl file; a broken line is named and skipped."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return
+    for index, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            problems.append(f"{label}: line {index} cannot be read: {error}")
+            continue
+        if isinstance(record, dict):
+            yield record

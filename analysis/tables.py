@@ -1,0 +1,281 @@
+"""Comparisons and summaries, as frames; every row keeps to one metric identity.
+
+A comparison is variant minus baseline over the blocks of one cell. Primary is the pair that the
+study names. Secondary are every other variant against the primary's baseline, and every pair whose
+complete factors differ in exactly one key (later in the file against earlier): these say which
+factor causes what. Charging moves images from a run's budget to its sources, so `budget` counts as
+differing only if own + charged images differ. Tested are the pairs on the primary's endpoint; all
+other endpoints (metric, NFE, point, EMA, reference) are described, without verdicts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import stats
+from analysis.load import Study, number
+
+METRICS = {"fid": "FID", "kid": "KID", "sliced_wasserstein": "sliced Wasserstein distance",
+           "mode_mass_between": "mass between modes", "mode_mass_tv": "mode-share error (TV)",
+           "map_error": "consistency-map error"}
+USES = {"fid": ("nfe", "ema", "reference"), "kid": ("nfe", "ema", "reference"),
+        "map_error": ("ema",)}  # what else identifies a metric's endpoint; others: nfe and ema
+ENDPOINT = ("metric", "nfe", "at", "ema", "reference")
+STEPS = {1: "one-step ", 2: "two-step "}
+
+COMPARISON_COLUMNS = (
+    "cell", "variant", "baseline", "differs", *ENDPOINT, "n", "planned", "diverged", "effect",
+    "low", "high", "low_pooled", "high_pooled", "p", "p_holm", "sign_flip_p", "verdict", "matched",
+    "role", "percent", "percent_low", "percent_high", "sd", "diverged_variant",
+    "diverged_baseline", "equal_variances_p", "points", "identity")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A comparison to make; differs: the top-level factors that tell the two apart."""
+
+    variant: str
+    baseline: str
+    differs: tuple[str, ...]
+    role: str
+
+
+def title(metric: str, nfe: float = math.nan) -> str:
+    """A metric's name in prose, e.g. "one-step FID"."""
+    steps = "" if math.isnan(nfe) else STEPS.get(int(nfe), f"{int(nfe)}-evaluation ")
+    return steps + METRICS.get(metric, metric.replace("_", " "))
+
+
+def primary_endpoint(study: Study, cell: str) -> dict[str, Any] | None:
+    """The cell's primary metric, nfe, at, ema and reference; blank where the metric has none."""
+    p = study.primaries.get(cell)
+    if p is None:
+        return None
+    uses = USES.get(p["metric"], ("nfe", "ema"))
+    return {"metric": p["metric"], "at": number(p["at"]),
+            "nfe": number(p["nfe"]) if "nfe" in uses else math.nan,
+            "ema": str(p["ema"]) if "ema" in uses else "",
+            "reference": (p["reference"] or "") if "reference" in uses else ""}
+
+
+def select(frame: pd.DataFrame, endpoint: dict[str, Any]) -> pd.DataFrame:
+    """The rows of `frame` at an endpoint (nan matches nan)."""
+    keep = np.ones(len(frame), dtype=bool)
+    for key, value in endpoint.items():
+        blank = isinstance(value, float) and math.isnan(value)
+        keep &= (frame[key].isna() if blank else frame[key] == value).to_numpy(dtype=bool)
+    return frame[keep]
+
+
+def shown_endpoint(study: Study, cell: str) -> dict[str, Any] | None:
+    """The endpoint that a cell's table shows: the primary's, or where none is declared the first
+    metric that its variants have, at the last point.
+    """
+    rows = study.measures[(study.measures.cell == cell) & (study.measures.role == "variant")]
+    if cell in study.primaries:
+        return primary_endpoint(study, cell)
+    if rows.empty:
+        return None
+    last = rows[(rows["metric"] == rows["metric"].iloc[0]) & (rows["at"] == rows["at"].max())]
+    return {k: last[k].iloc[0] for k in ENDPOINT} if len(last) else None
+
+
+def variants(study: Study, cell: str) -> list[str]:
+    """The cell's variants in file order, names that mean the same runs counted once.
+
+    Of such names the primary's own stays, else the first.
+    """
+    ids: dict[str, tuple[str, ...]] = {}
+    rows = study.runs[(study.runs.cell == cell) & (study.runs.role == "variant")]
+    for name, group in rows.groupby("name", sort=False):
+        ids[str(name)] = tuple(group["id"])
+    kept: dict[tuple[str, ...], str] = {}
+    primary = study.primaries.get(cell, {})
+    protected = (primary.get("variant"), primary.get("against"))
+    for name, key in ids.items():
+        if key not in kept or name in protected:
+            kept[key] = name
+    return [name for name in ids if name in kept.values()]
+
+
+def pairs(study: Study, cell: str) -> list[Pair]:
+    """The comparisons to make in a cell; each unordered pair once."""
+    names = variants(study, cell)
+    recipes = {r["name"]: r for r in study.recipes if r["cell"] == cell}
+    totals = _totals(study, cell)
+    made: dict[frozenset[str], Pair] = {}
+
+    def add(variant: str, baseline: str, role: str, one_factor: bool = False) -> None:
+        if variant != baseline and {variant, baseline} <= set(names):
+            difference = _differs(recipes, totals, variant, baseline)
+            if len(difference) == 1 or not one_factor:
+                made.setdefault(frozenset((variant, baseline)),
+                                Pair(variant, baseline, difference, role))
+
+    primary = study.primaries.get(cell)
+    if primary:
+        add(primary["variant"], primary["against"], "primary")
+        for name in names:
+            add(name, primary["against"], "secondary")
+    for i, later in enumerate(names):
+        for earlier in names[:i]:
+            add(later, earlier, "secondary", one_factor=True)
+    return list(made.values())
+
+
+def _totals(study: Study, cell: str) -> pd.DataFrame:
+    """Own + charged images (seeds, names): from the ledger, nan for runs that did not finish."""
+    rows = study.runs[(study.runs.cell == cell) & (study.runs.outcome == "trained")]
+    return rows.pivot_table(index="seed", columns="name", values="images_total", dropna=False)
+
+
+def _differs(recipes: dict[str, Any], totals: pd.DataFrame, a: str, b: str) -> tuple[str, ...]:
+    """The top-level factors in which two recipes differ; those that both ignore left out."""
+    one, two = recipes[a]["factors"], recipes[b]["factors"]
+    idle = {*recipes[a].get("ignored", [])} & {*recipes[b].get("ignored", [])}
+    keys = [k for k in dict.fromkeys([*one, *two]) if k not in idle
+            and json.dumps(one.get(k), sort_keys=True) != json.dumps(two.get(k), sort_keys=True)]
+    both = totals[[a, b]].dropna() if {a, b} <= set(totals.columns) else totals.iloc[:0, :0]
+    if len(both):
+        unequal = bool((both[a] != both[b]).any())
+    else:  # nothing trained yet: the plan speaks
+        unequal = _planned_images(recipes, a) != _planned_images(recipes, b)
+    return (*(k for k in keys if k != "budget"), *(("budget",) if unequal else ()))
+
+
+def _planned_images(recipes: dict[str, Any], name: str) -> float:
+    names = [name, *recipes[name].get("charge", [])]
+    return math.fsum(number(recipes[n]["factors"].get("budget", {}).get("images"))
+                     for n in names if n in recipes)
+
+
+def comparisons(study: Study) -> pd.DataFrame:
+    """All comparisons at all endpoints: COMPARISON_COLUMNS, the primary's endpoint first.
+
+    effect > 0 means worse than the baseline. The primary is tested by itself; Holm's family is
+    the secondary comparisons, over all cells.
+    """
+    rows: list[dict[str, Any]] = []
+    for cell in study.cells:
+        endpoint = primary_endpoint(study, cell)
+        made, names = pairs(study, cell), variants(study, cell)
+        frame = study.measures[(study.measures.cell == cell) & study.measures.name.isin(names)
+                               & (study.measures.role == "variant")]
+        runs = study.runs[(study.runs.cell == cell) & (study.runs.role == "variant")]
+        ids = runs.pivot(index="seed", columns="name", values="id")
+        diverged = {(r.name, r.seed) for r in
+                    runs[runs.outcome == "diverged"][["name", "seed"]].itertuples(index=False)}
+        groups = [(dict(zip(ENDPOINT, key[:-1], strict=True)), key[-1], group) for key, group
+                  in frame.groupby([*ENDPOINT, "identity"], sort=False, dropna=False)]
+        if endpoint and not len(select(frame, endpoint)):
+            groups.insert(0, (endpoint, "", frame.iloc[:0]))
+        for where, what, group in groups:
+            rows += _group(made, ids, diverged, where | {"cell": cell, "identity": what}, group,
+                           tested=_same(where, endpoint))
+    table = pd.DataFrame(rows, columns=list(COMPARISON_COLUMNS))
+    _judge(study, table)
+    order = table.role.map({"primary": 0, "secondary": 1}).fillna(2)
+    return table.iloc[np.argsort(order.to_numpy(), kind="stable")].reset_index(drop=True)
+
+
+def _same(a: dict[str, Any], b: dict[str, Any] | None) -> bool:
+    return b is not None and all(
+        a[k] == b[k] or (a[k] != a[k] and b[k] != b[k]) for k in ENDPOINT)
+
+
+def _group(made: list[Pair], ids: pd.DataFrame, diverged: set[tuple[str, int]],
+           where: dict[str, Any], group: pd.DataFrame, tested: bool) -> list[dict[str, Any]]:
+    """The comparisons of one cell at one endpoint and identity."""
+    values = group.pivot(index="seed", columns="name", values="value").reindex(ids.index)
+    images = group.pivot(index="seed", columns="name", values="images_total").reindex(ids.index)
+    g = pd.DataFrame(stats.transform(where["metric"], values.to_numpy(dtype=float)),
+                     index=values.index, columns=values.columns)
+    for name, seed in diverged:
+        if name in g.columns:
+            g.loc[seed, name] = np.nan
+    fit = stats.layout(g.to_numpy())
+    rows = []
+    for pair in made:
+        a, b = pair.variant, pair.baseline
+        if len(group) and not {a, b} & set(g.columns):
+            continue
+        empty = pd.Series(np.nan, index=ids.index)
+        d = g.get(a, empty) - g.get(b, empty)
+        d = d[d.notna()]
+        counts = [sum((x, s) in diverged for s in ids.index) for x in (a, b)]
+        e = stats.paired(d.tolist())
+        low, high = stats.pooled_interval(e.effect, e.n, fit)
+        log = stats.is_log(where["metric"])
+        totals = images.loc[d.index, [a, b]] if len(d) else None
+        rows.append(where | {
+            "variant": a, "baseline": b, "differs": ", ".join(pair.differs), "n": e.n,
+            "planned": int(ids[[a, b]].notna().all(axis=1).sum()),
+            "diverged": len({s for x, s in diverged if x in (a, b)}),
+            "effect": e.effect, "low": e.low, "high": e.high, "low_pooled": low,
+            "high_pooled": high, "p": e.p, "p_holm": math.nan, "verdict": "",
+            "sign_flip_p": stats.sign_flip_p(d.tolist()), "matched": _matched(totals),
+            "role": pair.role if tested else "descriptive", "sd": e.sd,
+            "diverged_variant": counts[0], "diverged_baseline": counts[1],
+            "percent": stats.percent(e.effect) if log else math.nan,
+            "percent_low": stats.percent(e.low) if log else math.nan,
+            "percent_high": stats.percent(e.high) if log else math.nan,
+            "equal_variances_p": fit.equal_variances_p,
+            "points": " ".join(f"{s}:{x:+.10g}" for s, x in d.items())})
+    return rows
+
+
+def _matched(totals: pd.DataFrame | None) -> str:
+    """Whether own + charged images are equal in every block: yes, no, or unknown."""
+    if totals is None or totals.isna().any(axis=None):
+        return "unknown"
+    return "yes" if (totals.iloc[:, 0] == totals.iloc[:, 1]).all() else "no"
+
+
+def effect_of(row: pd.Series) -> stats.Effect:
+    """The paired effect of a comparison row, from its per-seed points."""
+    return stats.paired([float(p.split(":")[1]) for p in row["points"].split()])
+
+
+def _judge(study: Study, table: pd.DataFrame) -> None:
+    """Fills p_holm and verdict in place, for the rows that are tested."""
+    family = table.index[table.role == "secondary"]
+    table.loc[family, "p_holm"] = stats.holm(table.loc[family, "p"].tolist())
+    for i in table.index[table.role != "descriptive"]:
+        row = table.loc[i]
+        table.loc[i, "verdict"] = stats.verdict(
+            effect_of(row), number(study.primaries[row.cell]["margin"]),
+            (row.diverged_variant, row.diverged_baseline),
+            None if row.role == "primary" else row.p_holm)
+
+
+def summary(study: Study, cell: str, role: str) -> pd.DataFrame:
+    """Measured values of a cell at its last point: names down, metric identities across.
+
+    Index: names; columns: identities; entries: (mean on the metric's own scale, min, max, n). Only
+    the study's first EMA. Diverged runs are left out.
+    """
+    rows = study.measures[(study.measures.cell == cell) & (study.measures.role == role)]
+    gone = study.runs[study.runs.outcome == "diverged"]["id"]
+    rows = rows[~rows["id"].isin(gone) & rows["value"].notna()]
+    if rows.empty:
+        return pd.DataFrame()
+    endpoint = primary_endpoint(study, cell)
+    ema = endpoint["ema"] if endpoint and endpoint["ema"] else rows["ema"].iloc[0]
+    rows = rows[(rows["at"] == rows["at"].max()) & rows["ema"].isin([ema, ""])]
+    rows = rows.assign(key=list(zip(rows["metric"], rows["identity"], strict=True)))
+
+    def entry(group: pd.DataFrame) -> tuple[float, float, float, int]:
+        g = stats.transform(group["metric"].iloc[0], group["value"].to_numpy())
+        mean = math.exp(g.mean()) if stats.is_log(group["metric"].iloc[0]) else float(g.mean())
+        return mean, group["value"].min(), group["value"].max(), len(group)
+
+    cells = {(n, k): entry(group) for (n, k), group in rows.groupby(["name", "key"], sort=False)}
+    names, keys = rows["name"].unique(), rows["key"].unique()
+    return pd.DataFrame([[cells.get((n, k)) for k in keys] for n in names],
+                        index=list(names), columns=list(keys))

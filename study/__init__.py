@@ -1,0 +1,1 @@
+"""Matched training of consistency models: study file in, run folders out."""

@@ -1,0 +1,43 @@
+"""The ledger: what a run has spent, in four currencies that are never mixed.
+
+images: training images seen (= updates at equal batch). passes: network evaluations per image, a
+forward counting 1 and a backward 2, so CT costs 4 (student forward and backward, target forward),
+CD along a teacher 5, denoising 3. flops: multiply-adds counted twice, measured on one real step
+with torch's own counter. seconds: training only, evaluation and saving left out. What the sources
+of a run spent stands in their own ledgers; the analysis adds it up.
+"""
+
+from __future__ import annotations
+
+from study.factors import Denoising, Factors, Frozen, Teacher, Value
+
+BACKWARD = 2  # forwards that a backward pass is worth
+
+
+class Spend(Value, frozen=True):
+    """A run's own spend so far."""
+
+    images: int = 0
+    updates: int = 0
+    passes: float = 0.0
+    flops: float = 0.0
+    seconds: float = 0.0
+
+    def plus(self, images: int, passes: int, flops: float, seconds: float) -> Spend:
+        """The spend after one more update."""
+        return Spend(
+            images=self.images + images,
+            updates=self.updates + 1,
+            passes=self.passes + passes * images,
+            flops=self.flops + flops,
+            seconds=self.seconds + seconds,
+        )
+
+
+def passes(factors: Factors) -> int:
+    """Network evaluations per training image."""
+    student = 1 + BACKWARD
+    if isinstance(factors.objective, Denoising):
+        return student
+    teacher = isinstance(factors.score, Teacher) and not isinstance(factors.target, Frozen)
+    return student + 1 + teacher

@@ -1,0 +1,217 @@
+"""Training data: real images, or mixtures whose population is known.
+
+Images are kept as uint8 (n, C, S, S) and read as x = v / 127.5 - 1 in [-1, 1]; vectors as float32
+(n, d). A data set is finite, or endless: then fresh draws are made as training asks for them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import assert_never
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from study import factors, seeds
+from study.mixtures import GaussianMixture
+
+EXACT = 65536  # draws of an endless mixture that its digest covers
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """One data set on one device.
+
+    train: (n, ...) or None where draws are endless; held_out: (m, ...). density: the population,
+    where it is known. std: global standard deviation of the training data (sigma_data).
+    """
+
+    train: Tensor | None
+    held_out: Tensor
+    shape: tuple[int, ...]
+    std: float
+    digest: str
+    density: GaussianMixture | None = None
+
+    @property
+    def images(self) -> bool:
+        """Whether x is an image."""
+        return self.held_out.dtype == torch.uint8
+
+    def fresh(self, count: int, generator: torch.Generator) -> Tensor:
+        """New draws of the population (count, ...). Needs a known density."""
+        return self.density.sample(count, generator)
+
+    def to(self, device: torch.device) -> Dataset:
+        """The same data on another device."""
+        return Dataset(
+            None if self.train is None else self.train.to(device),
+            self.held_out.to(device),
+            self.shape,
+            self.std,
+            self.digest,
+            self.density and self.density.to(device),
+        )
+
+
+def to_float(x: Tensor) -> Tensor:
+    """uint8 images to [-1, 1]; vectors as they are."""
+    return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Images in [-1, 1] to uint8, rounded and clipped."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def load(data: factors.Data) -> Dataset:
+    """The data set on the CPU. Raises StudyError for a missing or broken file."""
+    match data:
+        case factors.Digits():
+            from study.extractors.digits import split
+
+            parts = split()
+            return _images(parts["train"][0], parts["held_out"][0])
+        case factors.FashionMnist(root=root):
+            from study import fashion_mnist
+
+            parts = fashion_mnist.load(None if root is None else Path(root))
+            return _images(parts["train_images"], parts["test_images"])
+        case factors.Mixture():
+            return _mixture(data)
+        case _:
+            assert_never(data)
+
+
+def _images(train: np.ndarray, held_out: np.ndarray) -> Dataset:
+    """(n, S, S) or (n, S, S, C) uint8 arrays as a data set."""
+
+    def tensor(images: np.ndarray) -> Tensor:
+        images = images[..., None] if images.ndim == 3 else images
+        return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+    x = tensor(train)
+    return Dataset(
+        x, tensor(held_out), tuple(x.shape[1:]), float(to_float(x).double().std()), _digest(x)
+    )
+
+
+def _mixture(data: factors.Mixture) -> Dataset:
+    """A finite sample of the mixture or its endless draws; the same for every seed of a study."""
+    modes = len(data.means)
+    std = data.std if isinstance(data.std, tuple) else (data.std,) * modes
+    density = GaussianMixture.from_lists(data.means, std, data.weights or (1.0,) * modes)
+
+    def draw(count: int, part: str) -> Tensor:
+        return density.sample(count, torch.Generator().manual_seed(seeds.number(0, "data", part)))
+
+    train = draw(data.samples, "train") if data.samples else None
+    return Dataset(
+        train,
+        draw(data.held_out, "held_out"),
+        (len(data.means[0]),),
+        float(density.std()) if train is None else float(train.double().std()),
+        _digest(draw(EXACT, "train") if train is None else train),
+        density,
+    )
+
+
+def _digest(x: Tensor) -> str:
+    """SHA-256 of shape and values, 16 hex digits."""
+    return hashlib.sha256(str(tuple(x.shape)).encode() + x.numpy().tobytes()).hexdigest()[:16]
+
+
+class Blocks:
+    """A stream of rows addressed by image index, made in blocks of SIZE and cut to any batch size.
+
+    make(block) -> (SIZE, ...) must depend on the block's number alone.
+    """
+
+    SIZE = 512
+
+    def __init__(self, make: Callable[[int], Tensor]) -> None:
+        self.make, self.number, self.block = make, -1, torch.empty(0)
+
+    def take(self, start: int, count: int) -> Tensor:
+        """Rows start .. start + count of the stream."""
+        parts = []
+        while count:
+            number, offset = divmod(start, self.SIZE)
+            if number != self.number:
+                self.number, self.block = number, self.make(number)
+            part = self.block[offset : offset + count]
+            parts.append(part)
+            start, count = start + len(part), count - len(part)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the step reads: clean x (B, ...), noise z, uniform u (B,) for the time, dropout's
+    key."""
+
+    x: Tensor
+    z: Tensor
+    u: Tensor
+    key: Tensor
+
+
+class Draws:
+    """Batches addressed by (seed, role, stream, image index): the same for every variant of a
+    block at the same image count, whatever the batch size. data_stream makes an A/A twin."""
+
+    def __init__(self, dataset: Dataset, seed: int, role: str, data_stream: int) -> None:
+        self.dataset, self.address = dataset, (seed, role, data_stream)
+        self.device, shape = dataset.held_out.device, dataset.shape
+        self.epoch, self.order = -1, torch.empty(0)
+        size = Blocks.SIZE
+
+        def made(stream: str, draw: Callable[[torch.Generator], Tensor]) -> Blocks:
+            return Blocks(lambda block: draw(self._generator(stream, block)))
+
+        kwargs = {"device": self.device}
+        self.x = made("x", lambda g: dataset.fresh(size, g))
+        self.z = made("noise", lambda g: torch.randn(size, *shape, generator=g, **kwargs))
+        self.u = made(
+            "time", lambda g: torch.rand(size, generator=g, dtype=torch.float64, **kwargs)
+        )
+
+    def _generator(
+        self, stream: str, index: int, device: torch.device | None = None
+    ) -> torch.Generator:
+        number = seeds.number(*self.address, stream, index)
+        return torch.Generator(device or self.device).manual_seed(number)
+
+    def _indices(self, start: int, count: int) -> Tensor:
+        """Indices into the training set: a fresh addressed permutation every epoch."""
+        parts, n = [], len(self.dataset.train)
+        while count:
+            epoch, offset = divmod(start, n)
+            if epoch != self.epoch:
+                self.epoch = epoch
+                generator = self._generator("order", epoch, torch.device("cpu"))
+                self.order = torch.randperm(n, generator=generator).to(self.device)
+            part = self.order[offset : offset + count]
+            parts.append(part)
+            start, count = start + len(part), count - len(part)
+        return torch.cat(parts)
+
+    def __call__(self, start: int, count: int) -> Batch:
+        """The batch of training images start .. start + count."""
+        train = self.dataset.train
+        x = (
+            self.x.take(start, count)
+            if train is None
+            else to_float(train[self._indices(start, count)])
+        )
+        key = seeds.number(*self.address, "mask", start) % 2**31
+        return Batch(
+            x,
+            self.z.take(start, count),
+            self.u.take(start, count),
+            torch.tensor(key, device=self.device),
+        )

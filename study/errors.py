@@ -1,0 +1,18 @@
+"""Errors that a user can mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class StudyError(Exception):
+    """What a user can mend: names the file or folder, the key, what was given and what is
+    allowed."""
+
+
+def nearest(given: object, allowed: Iterable[object]) -> str:
+    """'; did you mean X?' or the list of what is allowed."""
+    names = sorted(str(a) for a in allowed)
+    close = difflib.get_close_matches(str(given), names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(names) or 'nothing'}"

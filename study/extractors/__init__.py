@@ -1,0 +1,1 @@
+"""In-domain feature extractors, shipped with the script that trained them."""

@@ -1,0 +1,250 @@
+"""Factor space: every independently switchable part of a training method, as data.
+
+No method is a class. A variant names one value per factor, and a value is a small frozen struct
+tagged by its `kind`. All defaults stand here, in one place; the identity of a run is its
+difference from them (see `identity`). Notation: x_t = x + t z with z ~ N(0, I), noise levels r <
+t, D^ an estimate of E[x | x_t], f the consistency model, D the denoiser, d the loss's distance.
+
+Adding a value: a struct here, its `case` in the module that acts on it, a closed-form test.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+Positive = Annotated[float, Meta(gt=0)]
+NonNegative = Annotated[float, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=1)]
+Share = Annotated[float, Meta(gt=0, le=1)]
+Decay = Annotated[float, Meta(ge=0, lt=1)]
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+
+
+class Value(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A plain factor value."""
+
+
+class Kind(Value, frozen=True, kw_only=True, tag_field="kind"):
+    """One of several values of a factor, told apart by `kind`."""
+
+
+# --- data and network ---
+
+
+class Digits(Kind, frozen=True, tag="digits"):
+    """scikit-learn's 8 x 8 digits: 997 to train on, 400 held out, 400 for the extractor."""
+
+
+class FashionMnist(Kind, frozen=True, tag="fashion_mnist"):
+    """Fashion-MNIST's 60 000 + 10 000 images of 28 x 28. root: folder with its IDX files."""
+
+    root: str | None = None
+
+
+class Mixture(Kind, frozen=True, tag="mixture"):
+    """A Gaussian mixture sum_k w_k N(m_k, s_k^2 I) of any dimension, its density known.
+
+    samples: size of the finite training sample; null draws without end. held_out: test sample.
+    """
+
+    means: Annotated[
+        tuple[Annotated[tuple[float, ...], Meta(min_length=1)], ...], Meta(min_length=1)
+    ]
+    std: Positive | tuple[Positive, ...]
+    weights: tuple[Positive, ...] | None = None
+    samples: Count | None = None
+    held_out: Count = 2048
+
+
+class Mlp(Kind, frozen=True, tag="mlp"):
+    """A multilayer perceptron for vectors."""
+
+    width: Count = 128
+    depth: Count = 3
+
+
+class Unet(Kind, frozen=True, tag="unet"):
+    """A U-Net for square images; `levels` resolutions, channels doubled once below the first."""
+
+    width: Annotated[int, Meta(ge=4, multiple_of=4)] = 32
+    levels: Annotated[int, Meta(ge=1, le=6)] = 2
+    blocks: Annotated[int, Meta(ge=1, le=8)] = 1
+
+
+# --- what is learned ---
+
+
+class Consistency(Kind, frozen=True, tag="consistency"):
+    """E[w d(f(x_t, t), f^-(x_r, r))] with x_r one solver step from x_t along the score D^
+    gives."""
+
+
+class Denoising(Kind, frozen=True, tag="denoising"):
+    """EDM's denoising score matching, E[w |D(x_t, t) - x|^2]."""
+
+
+class SingleSample(Kind, frozen=True, tag="single_sample"):
+    """D^ = x: consistency training. Unbiased given x_t, covariance Cov[x | x_t]."""
+
+
+class Teacher(Kind, frozen=True, tag="teacher"):
+    """D^ = D_phi(x_t, t) of a trained source: consistency distillation. No variance given x_t."""
+
+    run: Name
+
+
+class Empirical(Kind, frozen=True, tag="empirical"):
+    """D^ = E[x | x_t] under the finite training set, exactly. No variance given x_t."""
+
+
+class Analytic(Kind, frozen=True, tag="analytic"):
+    """D^ = E[x | x_t] under the known population density. No variance, no bias."""
+
+
+class Random(Kind, frozen=True, tag="random"):
+    """Weights addressed by (seed, role, parameter name)."""
+
+
+class FromRun(Kind, frozen=True, tag="run"):
+    """Weights of a source of the same block, its first EMA."""
+
+    run: Name
+
+
+class Stopgrad(Kind, frozen=True, tag="stopgrad"):
+    """f^- = the student's own current weights, without gradient."""
+
+
+class Frozen(Kind, frozen=True, tag="frozen"):
+    """f^- = g, a finished consistency model, and the loss is d(f(x_t, t), g(x_t, t))."""
+
+    run: Name
+
+
+class Euler(Kind, frozen=True, tag="euler"):
+    """x_r = x_t + (r - t) (x_t - D^) / t."""
+
+
+# --- noise levels, loss, optimiser ---
+
+
+class Fixed(Kind, frozen=True, tag="fixed"):
+    """N grid points throughout."""
+
+    N: Annotated[int, Meta(ge=2)]
+
+
+class Doubling(Kind, frozen=True, tag="doubling"):
+    """iCT: N = min(s0 2^floor(k / K'), s1) + 1 grid points, doubled at equal shares of
+    training."""
+
+    s0: Count = 10
+    s1: Count = 1280
+
+
+class LognormalGrid(Kind, frozen=True, tag="lognormal_grid"):
+    """iCT: ln sigma ~ N(P_mean, P_std^2) on [sigma_min, sigma_max]; (r, t) are the ends of the
+    grid interval it falls in. Where nothing is discretised t is sigma itself."""
+
+    P_mean: float = -1.1
+    P_std: Positive = 2.0
+
+
+class InverseStep(Kind, frozen=True, tag="inverse_step"):
+    """w = 1 / (t - r)."""
+
+
+class Uniform(Kind, frozen=True, tag="uniform"):
+    """w = 1."""
+
+
+class L2(Kind, frozen=True, tag="l2"):
+    """|a - b|^2, summed over dimensions."""
+
+
+class PseudoHuber(Kind, frozen=True, tag="pseudo_huber"):
+    """sqrt(|a - b|^2 + c^2) - c with c = c0 sqrt(d)."""
+
+    c0: Positive = 0.00054
+
+
+class Adam(Kind, frozen=True, tag="adam"):
+    """Adam at a constant learning rate."""
+
+    lr: Positive = 1e-3
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: Positive = 1e-8
+
+
+class Budget(Value, frozen=True):
+    """Training images: a number, or a share of the study's base budget."""
+
+    images: Count | None = None
+    share: Share | None = None
+
+
+class Sigma(Value, frozen=True):
+    """Noise levels [min, max], the grid's rho, and sigma_data (null: measured, global std)."""
+
+    min: Positive = 0.002
+    max: Positive = 80.0
+    rho: Positive = 7.0
+    data: Positive | None = None
+
+
+Data = Digits | FashionMnist | Mixture
+Network = Mlp | Unet
+Objective = Consistency | Denoising
+Score = SingleSample | Teacher | Empirical | Analytic
+Init = Random | FromRun
+Target = Stopgrad | Frozen
+Solver = Euler
+Discretization = Fixed | Doubling
+Law = LognormalGrid
+Weighting = InverseStep | Uniform
+Distance = L2 | PseudoHuber
+Optimizer = Adam
+
+
+class Factors(Value, frozen=True):
+    """A point in factor space: everything that makes one training run, seed and role aside."""
+
+    data: Data
+    network: Network
+    budget: Budget
+    objective: Objective = Consistency()
+    score: Score = SingleSample()
+    init: Init = Random()
+    target: Target = Stopgrad()
+    solver: Solver = Euler()
+    discretization: Discretization = Doubling()
+    law: Law = LognormalGrid()
+    weighting: Weighting = InverseStep()
+    distance: Distance = PseudoHuber()
+    dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    optimizer: Optimizer = Adam()
+    batch: Count = 128
+    weights_ema: Annotated[
+        tuple[Annotated[float, Meta(gt=0, lt=0.28)], ...], Meta(min_length=1)
+    ] = (0.05, 0.1)
+    sigma: Sigma = Sigma()
+    data_stream: Annotated[int, Meta(ge=0, le=2**31)] = 0
+
+
+def ignored(factors: Factors) -> tuple[str, ...]:
+    """The factors that this run's objective or target never reads; they don't enter its id."""
+    if isinstance(factors.objective, Denoising):
+        return ("score", "target", "solver", "discretization", "weighting", "distance")
+    if isinstance(factors.target, Frozen):
+        return ("score", "solver", "discretization", "weighting")
+    return ()
+
+
+def references(factors: Factors) -> dict[str, str]:
+    """The sources this run reads, by the factor that names them, ignored factors left out."""
+    used = {
+        k: getattr(factors, k) for k in ("score", "init", "target") if k not in ignored(factors)
+    }
+    return {k: v.run for k, v in used.items() if isinstance(v, Teacher | FromRun | Frozen)}

@@ -1,0 +1,182 @@
+"""Fashion-MNIST: 28 x 28 grey images of ten kinds of clothing, 60 000 + 10 000, lossless.
+
+Xiao, Rasul, Vollgraf 2017, arXiv 1708.07747. Four IDX files are looked for in a data folder of the
+user's, then where Debian's package dataset-fashion-mnist puts them, and are downloaded only if
+neither has them. An IDX file is 0, 0, the element type, the number of dimensions, each dimension
+as a big-endian uint32, then the elements; the type here is always 0x08, unsigned bytes.
+"""
+
+import gzip
+import hashlib
+import math
+import os
+import struct
+import urllib.request
+import zlib
+from http.client import HTTPException
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+from urllib.error import HTTPError
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from study.errors import StudyError
+
+BASE_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+DEFAULT_ROOT = Path("data/fashion_mnist")
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+TIMEOUT = 30  # seconds without a byte
+CHUNK = 1 << 18
+UNSIGNED_BYTE = 0x08
+INFLATION = 1032  # deflate's largest ratio: a header that promises more is wrong
+
+
+class Published(NamedTuple):
+    """One file as Zalando publishes it."""
+
+    name: str
+    item: tuple[int, ...]  # shape of one element
+    md5: str
+    size: int  # bytes
+
+
+FILES = {
+    "train_images": Published(
+        "train-images-idx3-ubyte.gz", (28, 28), "cf8536b0aa1a6ac5fa3f23001093305c", 26_421_856
+    ),
+    "train_labels": Published(
+        "train-labels-idx1-ubyte.gz", (), "10bea18fdb374794d4bb42e356e600c9", 29_491
+    ),
+    "test_images": Published(
+        "t10k-images-idx3-ubyte.gz", (28, 28), "f78720b4224f21cce2f2ccf2d7a94c9a", 4_422_079
+    ),
+    "test_labels": Published(
+        "t10k-labels-idx1-ubyte.gz", (), "0d30e22e447f3c33dab9ed536400ac01", 5_125
+    ),
+}
+
+
+def load(root: Path | None = None) -> dict[str, np.ndarray]:
+    """Return train_images (60000, 28, 28), train_labels (60000,), test_images and test_labels.
+
+    All uint8. The files come from `root` (default data/fashion_mnist of the working directory),
+    else from Debian's folder, else they are downloaded into `root`. Files in `root` may be the
+    user's own, gzipped or not, with any number of images; what is downloaded must match the
+    published md5. Raises StudyError if a file is torn or is not what its name says, if `root`
+    holds only some of the user's own files, or if a download fails.
+    """
+    root = DEFAULT_ROOT if root is None else Path(root)
+    paths = {key: _find(root, published) for key, published in FILES.items()}
+    if None in paths.values():
+        installed = {key: _find(DEBIAN, published) for key, published in FILES.items()}
+        # A user's own files are never completed with published ones: the labels would not fit.
+        for key, path in paths.items():
+            if path is not None and _md5(path) != FILES[key].md5:
+                missing = [FILES[key].name for key, found in paths.items() if found is None]
+                raise StudyError(
+                    f"{root}: {path.name} is not the published file, and beside it "
+                    f"{', '.join(missing)} is missing; put all four files there, or none"
+                )
+        paths = installed if None not in installed.values() else paths
+    paths = {key: path or _download(root, FILES[key]) for key, path in paths.items()}
+    arrays = {key: read_idx(path, FILES[key].item) for key, path in paths.items()}
+    for part in ("train", "test"):
+        images, labels = len(arrays[f"{part}_images"]), len(arrays[f"{part}_labels"])
+        if images != labels:
+            found = f"found {labels} labels for {images} images"
+            raise StudyError(f"{paths[f'{part}_labels']}: {found}; allowed: {images}")
+    return arrays
+
+
+def read_idx(path: Path, item: tuple[int, ...]) -> np.ndarray:
+    """Read one IDX file of unsigned bytes, gzipped if its name ends in .gz, as (n, *item) uint8.
+
+    Never reads more than the header promises. Raises StudyError, naming the file, unless magic,
+    element type, dimensions and length all agree and n is at least 1.
+    """
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            return _parse(file, path, item)
+    except (OSError, EOFError, zlib.error) as error:
+        raise StudyError(f"{path}: cannot be read as an IDX file: {error}") from error
+
+
+def _parse(file: BinaryIO, path: Path, item: tuple[int, ...]) -> np.ndarray:
+    dimensions = 1 + len(item)
+    header = file.read(4 + 4 * dimensions)
+    allowed = bytes([0, 0, UNSIGNED_BYTE, dimensions])
+    if header[:4] != allowed:
+        raise StudyError(
+            f"{path}: found magic {header[:4].hex(' ')}; allowed: {allowed.hex(' ')} "
+            f"(unsigned bytes, {dimensions} dimensions)"
+        )
+    if len(header) < 4 + 4 * dimensions:
+        raise StudyError(f"{path}: the header is cut after {len(header)} bytes")
+    shape = struct.unpack(f">{dimensions}I", header[4:])
+    if shape[1:] != item or shape[0] == 0:
+        expected = " x ".join(["n", *map(str, item)])
+        raise StudyError(
+            f"{path}: found shape {' x '.join(map(str, shape))}; allowed: {expected}, n at least 1"
+        )
+    promised, stored = math.prod(shape), path.stat().st_size
+    if promised > INFLATION * stored:
+        raise StudyError(
+            f"{path}: the header promises {promised} bytes, which a file of {stored} cannot hold"
+        )
+    data = bytearray()
+    while len(data) < promised and (chunk := file.read(min(CHUNK, promised - len(data)))):
+        data += chunk
+    if len(data) < promised:
+        raise StudyError(f"{path}: found {len(data)} bytes of data; the header says {promised}")
+    if file.read(1):  # at the end of a gzip file this also checks its CRC
+        raise StudyError(f"{path}: found more than the {promised} bytes that the header says")
+    return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def _find(folder: Path, published: Published) -> Path | None:
+    """The gzipped file, else the plain one, else None."""
+    for name in (published.name, published.name.removesuffix(".gz")):
+        if (folder / name).is_file():
+            return folder / name
+    return None
+
+
+def _download(root: Path, published: Published) -> Path:
+    """Fetch one file into root, whole and with the published md5, or leave nothing there."""
+    url, path = BASE_URL + published.name, root / published.name
+    part = root / f".{published.name}.{os.getpid()}.part"
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+            root.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file, Progress(console=Console(stderr=True)) as progress:
+                task = progress.add_task(published.name, total=published.size)
+                left = published.size + 1  # one byte too many is enough to refuse it
+                while left and (chunk := response.read(min(CHUNK, left))):
+                    left -= file.write(chunk)
+                    progress.advance(task, len(chunk))
+                file.flush()
+                os.fsync(file.fileno())
+        found = f"{part.stat().st_size} bytes with md5 {_md5(part)}"
+        allowed = f"{published.size} bytes with md5 {published.md5}"
+        if found != allowed:
+            raise StudyError(f"{url}: found {found}; allowed: {allowed}. {_advice(root)}")
+        os.replace(part, path)
+    except (OSError, HTTPException) as error:
+        if isinstance(error, HTTPError):
+            error.close()  # it is the server's answer too, with a socket
+        raise StudyError(f"{url}: the download failed: {error}. {_advice(root)}") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def _advice(root: Path) -> str:
+    names = ", ".join(published.name for published in FILES.values())
+    return f"Try again, or put the files {names} into {root}"
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()

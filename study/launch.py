@@ -1,0 +1,140 @@
+"""The launcher of one machine: runs in an order their sources allow, one process each.
+
+Processes come from a fork server that has loaded torch once. On CPUs there are N workers of one
+thread; on GPUs one run per GPU. The launcher holds no state: it asks the folders.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from study.errors import StudyError
+from study.progress import Display
+from study.spec import Run
+from study.store import Store
+
+POLL = 0.1  # seconds between looks at the processes
+FOREIGN = 2.0  # seconds between looks at runs that another launcher works on
+BUSY = 75  # worker.BUSY; the worker's module is not imported here, torch comes with it
+
+
+def gpus() -> int:
+    """How many GPUs this process may use, without asking torch."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return len([d for d in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if d.strip()])
+    return len([p for p in Path("/dev").glob("nvidia[0-9]*")])
+
+
+def devices(device: str, workers: int | None) -> list[str]:
+    """The device of each worker slot. Raises StudyError where a GPU is asked for and none is
+    there."""
+    count = gpus()
+    if device == "cuda" and not count:
+        raise StudyError("--device cuda: no GPU here; use --device cpu")
+    if device == "cpu" or not count:
+        return ["cpu"] * (len(os.sched_getaffinity(0)) if workers is None else max(1, workers))
+    slots = count if workers is None else max(1, workers)
+    return [f"cuda:{i % count}" for i in range(slots)]
+
+
+class Launcher:
+    """Works on what is missing of a study until nothing is left, or until told to stop."""
+
+    def __init__(
+        self,
+        store: Store,
+        wanted: list[Run],
+        slots: list[str],
+        display: Display,
+        retry: bool = False,
+    ) -> None:
+        self.store, self.slots, self.display = store, slots, display
+        self.all, states = store.study.unique, store.states()
+        skip = {"done"} if retry else {"done", "failed"}
+        self.waiting = {r.id: r for r in wanted if states[r.id] not in skip}
+        self.stopping = False
+
+    def stop(self, *_: object) -> None:
+        """Starts nothing more; running processes save at their next step."""
+        self.stopping = True
+
+    def run(self, deadline: float | None, in_process: bool) -> None:
+        """Works until done, `deadline` (time.monotonic) or a signal."""
+        before = {s: signal.signal(s, self.stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            with self.display:
+                self._here() if in_process else self._pool(deadline)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _here(self) -> None:
+        """Everything in this process, one run after the other."""
+        from study import worker
+
+        while not self.stopping and (run := self._next(lambda run: False)):
+            self.display.started(run)
+            result = worker.work(run, self.all, self.store.folders, self.slots[0])
+            self.stopping |= result == worker.STOPPED
+            self.display.ended(run, self.store.folders[run.id].state(run))
+
+    def _next(self, skip: Callable[[Run], bool]) -> Run | None:
+        for run in self.store.ready(self.waiting.values()):
+            if not skip(run):
+                return self.waiting.pop(run.id)
+        return None
+
+    def _pool(self, deadline: float | None) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["study.worker"])
+        active: dict[int, tuple[Run, multiprocessing.process.BaseProcess]] = {}
+        foreign: dict[str, float] = {}  # run id -> when to look again
+        told = False
+        while active or (self.waiting and not self.stopping):
+            if deadline is not None and time.monotonic() > deadline:
+                self.stopping = True
+            if self.stopping and not told:
+                for _, process in active.values():
+                    process.terminate()  # SIGTERM: save at the next step boundary
+                told = True
+            for slot in range(len(self.slots)):
+                if slot in active or self.stopping:
+                    continue
+                run = self._next(lambda r: foreign.get(r.id, 0) > time.monotonic())
+                if run is None:
+                    break
+                from study.entry import main
+
+                process = context.Process(
+                    target=main,
+                    args=(run, self._sources(run), self._folders(run), self.slots[slot]),
+                )
+                process.start()
+                active[slot] = (run, process)
+                self.display.started(run)
+            time.sleep(POLL)
+            for slot, (run, process) in list(active.items()):
+                if process.is_alive():
+                    self.display.progress(run, self.store.folders[run.id].progress())
+                    continue
+                process.join()
+                del active[slot]
+                if process.exitcode == BUSY:
+                    self.waiting[run.id] = run
+                    foreign[run.id] = time.monotonic() + FOREIGN
+                    self.display.ended(run, None)
+                else:
+                    self.display.ended(run, self.store.folders[run.id].state(run))
+            if not active and not foreign and not any(self.store.ready(self.waiting.values())):
+                return  # what waits needs a source that failed or diverged
+
+    def _sources(self, run: Run) -> dict[str, Run]:
+        return {i: self.all[i] for i in run.refs.values()}
+
+    def _folders(self, run: Run) -> dict:
+        return {i: self.store.folders[i] for i in (run.id, *run.refs.values())}

@@ -1,0 +1,221 @@
+"""Layers of a study file: YAML in, typed factor values out, every value's origin remembered.
+
+A run's factors are merged from layers, later over earlier: defaults < base < cell < from < own
+keys. A mapping merges into the one below it unless it names another `kind`, which replaces it.
+Shorthands:
+a bare string is {kind: string}; {run: X} is {kind: run, run: X} where the factor knows that kind;
+a dotted key is a path. Every error names the file, the key path as written there, what was given,
+and what is allowed.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from study.errors import StudyError, nearest
+
+MAX_BYTES = 1 << 20  # a study file is written by hand
+
+
+def read_yaml(text: str, file: str) -> Any:  # noqa: ANN401 - YAML holds anything
+    """Parses YAML 1.2 safely. Raises StudyError for syntax, duplicate keys and unusable
+    scalars."""
+    try:
+        value = YAML(typ="safe", pure=True).load(io.StringIO(text))
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise StudyError(f"{file}{line}: {problem}") from None
+    except (ValueError, RecursionError, OverflowError) as error:  # odd dates, deep nesting
+        raise StudyError(f"{file}: not readable as YAML: {error}") from None
+    _check_scalars(value, file, (), set())
+    return value
+
+
+def _check_scalars(value: object, file: str, path: tuple[str, ...], above: set[int]) -> None:
+    """Refuses numbers that are not finite, keys that are not text, and a value inside itself."""
+    where = f"{file}: {'.'.join(path)}" if path else file
+    if isinstance(value, float) and not math.isfinite(value):
+        raise StudyError(f"{where}: {value} is not a finite number")
+    if isinstance(value, Mapping | list):
+        if id(value) in above or len(path) > 32:
+            raise StudyError(f"{where}: nested too deeply")
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, item in items:
+            if isinstance(value, Mapping) and not isinstance(key, str):
+                raise StudyError(f"{where}: the key {key!r} is not text; quote it")
+            _check_scalars(item, file, (*path, str(key)), above | {id(value)})
+
+
+def read_file(path: Path) -> dict:
+    """Reads a YAML file whose root is a mapping."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise StudyError(f"{path}: {size} bytes; a study file has at most {MAX_BYTES}")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StudyError(f"{path}: cannot be read: {reason}") from None
+    return mapping(read_yaml(text, str(path)), str(path))
+
+
+def mapping(value: object, where: str) -> dict:
+    """The value as a dict with dotted keys expanded; null is an empty one."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise StudyError(f"{where}: {value!r} given, a mapping of keys expected")
+    result: dict = {}
+    for key, item in value.items():
+        put(result, key.split("."), item, f"{where}: {key}")
+    return result
+
+
+def put(tree: dict, path: list[str], value: object, where: str) -> None:
+    """Sets tree[path[0]][path[1]]... = value; mappings merge. Raises StudyError on a double
+    key."""
+    *parents, last = path
+    if not all(path):
+        raise StudyError(f"{where}: an empty name in a dotted key")
+    for name in parents:
+        below = tree.setdefault(name, {})
+        if isinstance(below, str):  # `score.run` beside `score: teacher`
+            below = {"kind": below}
+        elif not isinstance(below, dict):
+            raise StudyError(f"{where}: {name} is already given as {below!r}")
+        tree[name] = tree = dict(below)
+    old = tree.get(last)
+    if isinstance(old, dict) and isinstance(value, str):
+        value = {"kind": value}
+    if isinstance(old, dict) and isinstance(value, Mapping):
+        if clash := set(old) & set(value):
+            raise StudyError(f"{where}: {sorted(clash)[0]} is given twice")
+        value = {**old, **value}
+    elif last in tree:
+        raise StudyError(f"{where}: given twice")
+    tree[last] = value
+
+
+class Layered:
+    """Values of one struct type merged from layers, with the key path that each came from."""
+
+    def __init__(self, struct: type[msgspec.Struct], file: str) -> None:
+        self.struct, self.file = struct, file
+        self.types = typing.get_type_hints(struct, include_extras=True)
+        self.defaults = {f.name: f.default for f in msgspec.structs.fields(struct)}
+        self.values: dict[str, Any] = {}
+        self.origin: dict[
+            str, str
+        ] = {}  # 'optimizer' or 'optimizer.lr' -> 'variants.ct.optimizer'
+
+    def add(self, layer: Mapping[str, Any], where: str) -> list[str]:
+        """Lays `layer` over what is there; returns the key paths that it sets."""
+        paths = []
+        for key, given in layer.items():
+            origin = f"{where}.{key}"
+            if key not in self.types:
+                raise StudyError(f"{self.file}: {origin}: no such key; {nearest(key, self.types)}")
+            value = self._expand(key, given)
+            old = self.values.get(key)
+            merges = (
+                isinstance(value, dict)
+                and isinstance(old, dict)
+                and value.get("kind", old.get("kind")) == old.get("kind")
+            )
+            self.values[key] = {**old, **value} if merges else value
+            if not merges:
+                self.origin = {p: o for p, o in self.origin.items() if p.split(".")[0] != key}
+            fields = [f"{key}.{name}" for name in value] if merges else [key]
+            self.origin |= {path: f"{where}.{path}" for path in fields}
+            paths += fields
+        return paths
+
+    def _expand(self, key: str, given: Any) -> Any:  # noqa: ANN401
+        """The shorthands, for a factor that has kinds; dotted keys in any mapping."""
+        kinds = tags(self.types[key])
+        if kinds and isinstance(given, str):
+            return {"kind": given}
+        if isinstance(given, Mapping):
+            given = mapping(given, f"{self.file}: {key}")
+            if kinds and "kind" not in given:
+                given = next(({"kind": k, **given} for k in kinds if k in given), given)
+        return given
+
+    def where(self, path: str) -> str:
+        """File and key path as written, of the value at `path`."""
+        key = re.split(r"[.\[]", path)[0]
+        known = path if path in self.origin else key
+        return f"{self.file}: {self.origin.get(known, known)}{path[len(known) :]}"
+
+    def build(self) -> Any:  # noqa: ANN401
+        """The struct. Raises StudyError for a missing, misspelt or ill-typed value."""
+        done = {}
+        for field in msgspec.structs.fields(self.struct):
+            if field.name in self.values:
+                done[field.name] = self._convert(field.name, self.values[field.name])
+            elif field.required:
+                raise StudyError(f"{self.file}: {field.name}: missing, and it has no default")
+        return self.struct(**done)
+
+    def _convert(self, key: str, value: Any) -> Any:  # noqa: ANN401
+        kinds = tags(self.types[key])
+        if kinds:
+            if not isinstance(value, dict):
+                raise StudyError(
+                    f"{self.where(key)}: {value!r} given; a kind or a mapping expected "
+                    f"({nearest('', kinds)})"
+                )
+            default = getattr(self.defaults.get(key), "__struct_config__", None)
+            value = {"kind": default.tag, **value} if default else value
+            if value.get("kind") not in kinds:
+                raise StudyError(
+                    f"{self.where(key)}: kind {value.get('kind')!r}; "
+                    f"{nearest(value.get('kind'), kinds)}"
+                )
+            return convert(value, kinds[value["kind"]], lambda sub: self.where(f"{key}{sub}"))
+        return convert(value, self.types[key], lambda sub: self.where(f"{key}{sub}"))
+
+
+def convert(value: Any, kind: Any, where: typing.Callable[[str], str]) -> Any:  # noqa: ANN401
+    """msgspec's conversion with errors in a user's words; `where` gives the key path of a part."""
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct) and isinstance(value, dict):
+        fields = {f.name: f for f in msgspec.structs.fields(kind)}
+        for name in value:
+            if name not in fields and name != kind.__struct_config__.tag_field:
+                raise StudyError(f"{where('.' + name)}: no such key; {nearest(name, fields)}")
+        for name, field in fields.items():
+            if field.required and name not in value:
+                raise StudyError(f"{where('')}: needs {name!r}")
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        reason, _, path = str(error).partition(" - at `$")
+        part, given = path.rstrip("`"), value
+        for step in re.findall(r"\.(\w+)|\[(\d+)\]", part):
+            given = given[step[0]] if step[0] else given[int(step[1])]
+        raise StudyError(
+            f"{where(part)}: {given!r} given; {reason[0].lower()}{reason[1:]}"
+        ) from None
+
+
+def tags(kind: Any) -> dict[str, type]:  # noqa: ANN401
+    """kind -> struct, for a factor told apart by its kind; empty for any other type."""
+    members = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    return {
+        m.__struct_config__.tag: m
+        for m in members
+        if isinstance(m, type) and issubclass(m, msgspec.Struct) and m.__struct_config__.tag
+    }

@@ -1,0 +1,219 @@
+"""Measuring a trained run: what is due, from its snapshots, one atomic file each.
+
+A measurement is a pure function of a snapshot and a settings record. Those of one snapshot share
+its samples and their features.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from study import evaluate, probes
+from study.data import Dataset, to_uint8
+from study.factors import Denoising
+from study.models import Lookup, finished, knowledge, level_range
+from study.settings import HEUN_NFE
+from study.spec import Run
+from study.store import Folder, write_bytes, write_json
+
+GRID, SCALE = 8, 4  # samples.png: GRID x GRID images, each pixel SCALE wide at 8 x 8
+
+
+class Snapshot:
+    """One snapshot's model on one device, with its samples and features made once."""
+
+    def __init__(
+        self,
+        run: Run,
+        folder: Folder,
+        dataset: Dataset,
+        device: torch.device,
+        at: float,
+        ema: float,
+    ) -> None:
+        factors = run.recipe.factors
+        self.run, self.dataset, self.device = run, dataset, device
+        self.sigma = level_range(factors, dataset)
+        self.model = finished(factors, folder, dataset, device, at, ema)
+        self.samples = cache(self._samples)
+        self.features = cache(self._features)
+
+    def _samples(self, n: int, nfe: int, mid: float | None, draw: int) -> Tensor:
+        record = {"samples": n, "nfe": nfe, "mid": mid}
+        return evaluate.samples(
+            self.model, record, self.dataset.shape, self.sigma, self.run.seed, draw, self.device
+        )
+
+    def _features(self, extractor: str, *address: object) -> Tensor:
+        return evaluate.features(to_uint8(self.samples(*address)), extractor)
+
+
+def distances(
+    snapshot: Snapshot, record: Mapping[str, Any], one: Callable[[int], float], floor: float | None
+) -> dict[str, Any]:
+    """A distance over sampling draws: their mean, each of them, and real against real."""
+    draws = [one(draw) for draw in range(record["draws"])]
+    return {"value": sum(draws) / len(draws), "draws": draws, "floor": floor}
+
+
+def values(snapshot: Snapshot, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The measurement that a settings record asks of a snapshot."""
+    dataset, kind = snapshot.dataset, record["kind"]
+
+    def made(draw: int) -> tuple:
+        return record["samples"], record["nfe"], record["mid"], draw
+
+    if kind in ("fid", "kid"):
+        distance = {"fid": evaluate.fid, "kid": evaluate.kid}[kind]
+        name, n = record["extractor"].partition(":")[0], record["samples"]
+        real = reference_features(dataset, n, name)
+        return distances(
+            snapshot,
+            record,
+            lambda draw: distance(snapshot.features(name, *made(draw)), real[record["reference"]]),
+            distance(real["held_out"], real["train"]),
+        )
+    if kind == "sliced_wasserstein":
+        generator = torch.Generator(snapshot.device)
+        real = [dataset.fresh(record["samples"], generator.manual_seed(i)) for i in range(2)]
+        projections = record["projections"]
+        return distances(
+            snapshot,
+            record,
+            lambda draw: evaluate.sliced_wasserstein(
+                snapshot.samples(*made(draw)), real[0], projections
+            ),
+            evaluate.sliced_wasserstein(real[1], real[0], projections),
+        )
+    if kind == "mode_mass":
+        density = dataset.density
+        masses = [
+            evaluate.mode_mass(snapshot.samples(*made(draw)), density.means, density.stds)
+            for draw in range(record["draws"])
+        ]
+        shares = np.mean([m[0] for m in masses], 0)
+        true = density.log_weights.softmax(0).cpu().numpy()
+        return {
+            "between": float(np.mean([m[1] for m in masses])),
+            "tv": float(np.abs(shares / max(shares.sum(), 1e-9) - true).sum() / 2),
+            "shares": shares.tolist(),
+            "weights": true.tolist(),
+        }
+    assert kind == "map_error", kind
+    return probes.map_error(
+        snapshot.model, dataset, snapshot.sigma, record["sigmas"], record["samples"]
+    )
+
+
+@cache
+def reference_features(dataset: Dataset, n: int, name: str) -> dict[str, Tensor]:
+    """Features of the reference images, n of each part."""
+    return {
+        part: evaluate.features(x, name) for part, x in evaluate.references(dataset, n).items()
+    }
+
+
+def measure(
+    run: Run,
+    sources: Mapping[str, Run],
+    lookup: Lookup,
+    dataset: Dataset,
+    device: torch.device,
+    stop: Callable[[], bool],
+) -> bool:
+    """Makes what is due of a trained run; returns False where `stop` cut it short."""
+    folder = lookup(run.id)
+    points = {s["at"]: s["images"] for s in folder.trained["snapshots"]}
+    snapshot = cache(lambda at, ema: Snapshot(run, folder, dataset, device, at, ema))
+    for settings in folder.due(run):
+        if stop():
+            return False
+        start, record = time.perf_counter(), settings.record
+        if record["kind"] == "score_error":
+            factors = run.recipe.factors
+            result = probes.score_error(
+                factors.score,
+                knowledge(run, sources, lookup, dataset, device),
+                dataset,
+                level_range(factors, dataset),
+                record["sigmas"],
+                record["samples"],
+            )
+        else:
+            result = values(snapshot(settings.at, record["ema"]), record)
+        write_json(
+            folder.file(f"measures/{settings.file}"),
+            {
+                "id": run.id,
+                "at": settings.at,
+                "images": points[settings.at],
+                "settings": {**record, "at": settings.at},
+                **finite(result),
+                "seconds": round(time.perf_counter() - start, 3),
+            },
+        )
+    if 1.0 in points and not folder.file("samples.png").exists():
+        last = snapshot(1.0, run.recipe.factors.weights_ema[0])
+        write_bytes(folder.file("samples.png"), picture(last))
+    return True
+
+
+def finite(value: Any) -> Any:  # noqa: ANN401
+    """Numbers that are not finite as null: JSON has no others."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def picture(snapshot: Snapshot) -> bytes:
+    """PNG of samples from a fixed noise grid, the same for every run and seed."""
+    nfe = HEUN_NFE if isinstance(snapshot.run.recipe.factors.objective, Denoising) else 1
+    count = GRID**2 if snapshot.dataset.images else 2048
+    x = evaluate.samples(
+        snapshot.model,
+        {"samples": count, "nfe": nfe, "mid": None},
+        snapshot.dataset.shape,
+        snapshot.sigma,
+        0,
+        -1,
+        snapshot.device,
+    )
+    file = io.BytesIO()
+    if snapshot.dataset.images:
+        rows = to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()  # (n, S, S, C)
+        size = rows.shape[1]
+        grid = (
+            rows.reshape(GRID, GRID, size, size, -1)
+            .swapaxes(1, 2)
+            .reshape(GRID * size, GRID * size, -1)
+        )
+        scale = max(1, SCALE * 8 // size)
+        Image.fromarray(grid.squeeze(-1) if grid.shape[-1] == 1 else grid).resize(
+            (GRID * size * scale,) * 2, Image.Resampling.NEAREST
+        ).save(file, "png")
+        return file.getvalue()
+    from matplotlib.figure import Figure  # vectors only: images need no plotting library
+
+    figure = Figure(figsize=(2.56, 2.56), dpi=100)
+    axes = figure.add_axes((0, 0, 1, 1), frameon=False, xticks=[], yticks=[])
+    density, x = snapshot.dataset.density, x.cpu().numpy()
+    reach = float(density.means.abs().max() + 4 * density.stds.max())
+    if x.shape[1] == 1:
+        axes.hist(x[:, 0], bins=120, range=(-reach, reach), color="0.2")
+    else:
+        axes.scatter(x[:, 0], x[:, 1], s=1, color="0.2", linewidths=0)
+        axes.set(xlim=(-reach, reach), ylim=(-reach, reach))
+    figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()

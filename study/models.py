@@ -1,0 +1,122 @@
+"""What a run is made of: its network, its loss, and what it reads of finished runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import assert_never
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from study import data, networks
+from study.consistency import Problem, consistency, denoiser
+from study.data import Dataset
+from study.factors import (
+    Adam,
+    Analytic,
+    Consistency,
+    Empirical,
+    Factors,
+    FromRun,
+    Frozen,
+    Optimizer,
+    Sigma,
+    Teacher,
+    ignored,
+)
+from study.scores import Knowledge, Posterior
+from study.spec import Run
+from study.store import Folder
+from study.weights import weights_at
+
+Lookup = Callable[[str], Folder]  # a run's folder by its id
+
+
+def level_range(factors: Factors, dataset: Dataset) -> Sigma:
+    """The noise levels with sigma_data measured where the study does not give it."""
+    sigma = factors.sigma
+    return sigma if sigma.data else msgspec.structs.replace(sigma, data=dataset.std)
+
+
+def finished(
+    factors: Factors,
+    folder: Folder,
+    dataset: Dataset,
+    device: torch.device,
+    at: float = 1.0,
+    ema: float | None = None,
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A trained run as its function: the denoiser D(x_t, t) or the consistency model f(x_t, t)."""
+    net = networks.build(factors.network, dataset.shape, 0.0, 0, "")
+    net.load_state_dict(weights_at(folder, at, ema or factors.weights_ema[0]))
+    net.to(device).eval().requires_grad_(False)
+    function = consistency if isinstance(factors.objective, Consistency) else denoiser
+    sigma = level_range(factors, dataset)
+    return lambda x_t, t: function(net, x_t, t, sigma)
+
+
+def knowledge(
+    run: Run, sources: Mapping[str, Run], lookup: Lookup, dataset: Dataset, device: torch.device
+) -> Knowledge:
+    """What the run's score consults, loaded."""
+    factors = run.recipe.factors
+    if "score" in ignored(factors):
+        return Knowledge()
+    match factors.score:
+        case Teacher():
+            source = run.refs["score"]
+            return Knowledge(
+                teacher=finished(sources[source].recipe.factors, lookup(source), dataset, device)
+            )
+        case Empirical():
+            return Knowledge(posterior=Posterior(data.to_float(dataset.train)))
+        case Analytic():
+            return Knowledge(density=dataset.density)
+        case _:
+            return Knowledge()
+
+
+def initial(run: Run, sources: Mapping[str, Run], lookup: Lookup, dataset: Dataset) -> nn.Module:
+    """The student at its first step, on the CPU."""
+    factors = run.recipe.factors
+    net = networks.build(
+        factors.network, dataset.shape, factors.dropout, run.seed, run.recipe.role
+    )
+    if isinstance(factors.init, FromRun):
+        source = run.refs["init"]
+        first = sources[source].recipe.factors.weights_ema[0]
+        net.load_state_dict(weights_at(lookup(source), 1.0, first))
+    return net
+
+
+def make_optimizer(kind: Optimizer, net: nn.Module) -> torch.optim.Optimizer:
+    """The optimiser over all parameters of the network."""
+    match kind:
+        case Adam(lr=lr, betas=betas, eps=eps):
+            return torch.optim.Adam(net.parameters(), lr=lr, betas=betas, eps=eps, fused=True)
+        case _:
+            assert_never(kind)
+
+
+def make_problem(
+    run: Run,
+    sources: Mapping[str, Run],
+    lookup: Lookup,
+    dataset: Dataset,
+    device: torch.device,
+    net: nn.Module,
+) -> Problem:
+    """The run's loss."""
+    factors = run.recipe.factors
+    frozen = None
+    if isinstance(factors.target, Frozen) and "target" not in ignored(factors):
+        source = run.refs["target"]
+        frozen = finished(sources[source].recipe.factors, lookup(source), dataset, device)
+    return Problem(
+        factors,
+        level_range(factors, dataset),
+        net,
+        knowledge(run, sources, lookup, dataset, device),
+        frozen,
+    )

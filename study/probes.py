@@ -1,0 +1,154 @@
+"""Probes: unbiased estimates, with standard errors, of what the training signal is made of.
+
+Score error at level t, over x ~ data and x_t = x + t z. Given x_t the clean x is itself a draw
+from the posterior, so a second posterior draw x'' gives a second, independent estimate D^'':
+    variance    E |D^' - D^''|^2 / 2
+    bias^2      E <D^' - D*, D^'' - D*>             D* the population's denoiser, where known
+    distance^2  E <D^' - D_emp, D^'' - D_emp>       D_emp the training set's; not a bias: a teacher
+                                                    that generalises is meant to differ from it
+    held out    E <x_test - D^', x_test - D^''>     the denoising loss of the estimate's mean
+in squared units of x, summed over dimensions; / t^2 gives velocity units, / t^4 score units.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from study import seeds
+from study.consistency import along
+from study.data import Dataset, to_float
+from study.factors import Score, Sigma
+from study.scores import Knowledge, Posterior, estimate
+
+OWN_WEIGHT = 0.99  # t*: the posterior still is a point
+
+
+def mean_and_error(rows: Tensor) -> tuple[float, float]:
+    """Mean and standard error of independent rows (n,)."""
+    rows = rows.double()
+    return float(rows.mean()), float(rows.std() / math.sqrt(len(rows)))
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product per row (B,)."""
+    return (a * b).flatten(1).sum(1)
+
+
+def geometric(low: float, high: float, count: int) -> list[float]:
+    """Levels from low to high, equal ratios."""
+    return [low * (high / low) ** (i / (count - 1)) for i in range(count)]
+
+
+@torch.no_grad()
+def score_error(
+    score: Score, known: Knowledge, dataset: Dataset, sigma: Sigma, sigmas: int, samples: int
+) -> dict[str, Any]:
+    """The score error of one estimate on `sigmas` levels, `samples` points each.
+
+    Returns lists over sigma; a quantity that the data do not define is None. The points are the
+    same for every score.
+    """
+    device = dataset.held_out.device
+    finite, density = dataset.train is not None, dataset.density
+    posterior = Posterior(to_float(dataset.train)) if finite else density
+    draw_again = posterior.sample if finite else density.posterior_sample
+    held_out = to_float(dataset.held_out[:samples])
+    result: dict[str, Any] = {"sigma": geometric(sigma.min, sigma.max, sigmas)}
+    names = ("variance", "bias2", "distance2", "held_out_loss")
+    result |= {n: [] for name in names for n in (name, f"{name}_se")}
+    result["posterior_variance"] = []
+
+    def put(name: str, rows: Tensor | None) -> None:
+        value = (None, None) if rows is None else mean_and_error(rows)
+        result[name].append(value[0])
+        result[f"{name}_se"].append(value[1])
+
+    for i, level in enumerate(result["sigma"]):
+        generator = torch.Generator(device).manual_seed(seeds.number(0, "score_error", i))
+        if finite:
+            rows = torch.randint(
+                len(dataset.train), (samples,), generator=generator, device=device
+            )
+            x = to_float(dataset.train[rows])
+        else:
+            x = dataset.fresh(samples, generator)
+        t = torch.full((samples,), level, device=device)
+        x_t = x + along(t, x) * torch.randn(x.shape, generator=generator, device=device)
+        again = draw_again(x_t, t, generator)
+        first, second = (estimate(score, known, clean, x_t, t) for clean in (x, again))
+        put("variance", dot(first - second, first - second) / 2)
+
+        truth = density.denoiser(x_t, t) if density else None
+        put("bias2", None if truth is None else dot(first - truth, second - truth))
+        mean = posterior.mean(x_t, t) if finite else None
+        put("distance2", None if mean is None else dot(first - mean, second - mean))
+        spread = posterior.variance(x_t, t) if finite else density.posterior_variance(x_t, t)
+        result["posterior_variance"].append(float(spread.mean()))
+
+        t = torch.full((len(held_out),), level, device=device)
+        x_t = held_out + along(t, held_out) * torch.randn(
+            held_out.shape, generator=generator, device=device
+        )
+        first, second = (
+            estimate(score, known, draw_again(x_t, t, generator), x_t, t) for _ in range(2)
+        )
+        put("held_out_loss", dot(held_out - first, held_out - second))
+    return result | {
+        "known": density is not None,
+        "dimension": math.prod(dataset.shape),
+        "t_star": t_star(dataset, sigma),
+    }
+
+
+@torch.no_grad()
+def t_star(dataset: Dataset, sigma: Sigma, points: int = 64, samples: int = 256) -> float | None:
+    """The largest level at which the mean posterior weight of the generating image is >= .99:
+    below it the empirical posterior is a point and any test of variance is empty. None if data are
+    endless.
+    """
+    if dataset.train is None:
+        return None
+    device, posterior = dataset.train.device, Posterior(to_float(dataset.train))
+    generator = torch.Generator(device).manual_seed(seeds.number(0, "t_star"))
+    rows = torch.randint(len(dataset.train), (samples,), generator=generator, device=device)
+    x = to_float(dataset.train[rows])
+    z = torch.randn(x.shape, generator=generator, device=device)
+    last = 0.0
+    for level in geometric(sigma.min, sigma.max, points):
+        t = torch.full((samples,), level, device=device)
+        own = posterior.weights(x + along(t, x) * z, t).gather(1, rows[:, None])
+        if own.mean() < OWN_WEIGHT:
+            break
+        last = level
+    return last
+
+
+@torch.no_grad()
+def map_error(
+    f: Callable[[Tensor, Tensor], Tensor],
+    dataset: Dataset,
+    sigma: Sigma,
+    sigmas: int,
+    samples: int,
+) -> dict[str, Any]:
+    """RMS distance per coordinate of f(x_t, t) to the exact consistency map, the PF-ODE's solution
+    from t to sigma_min under the known density, per level and over all levels."""
+    device, levels = dataset.held_out.device, geometric(sigma.min, sigma.max, sigmas + 1)[1:]
+    squares = []
+    for i, level in enumerate(levels):
+        generator = torch.Generator(device).manual_seed(seeds.number(0, "map_error", i))
+        x = dataset.fresh(samples, generator)
+        t = torch.full((samples,), level, device=device)
+        x_t = x + along(t, x) * torch.randn(x.shape, generator=generator, device=device)
+        exact = dataset.density.ode_map(x_t, level, sigma.min)
+        squares.append(float((f(x_t, t) - exact).double().square().mean()))
+    return {
+        "sigma": levels,
+        "rms": [math.sqrt(s) for s in squares],
+        "value": math.sqrt(sum(squares) / len(squares)),
+    }

@@ -1,0 +1,109 @@
+"""Live progress: a bar per active run and one for the study; plain lines where there is no
+terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from study.spec import Run, Study
+
+COLOURS = {
+    "done": "green",
+    "running": "cyan",
+    "failed": "red",
+    "interrupted": "yellow",
+    "pending": "dim",
+}
+
+
+def label(run: Run) -> str:
+    """variant-cell-sSEED, as in the folder's name, without the id."""
+    return run.folder.rpartition("-")[0]
+
+
+class Display:
+    """What the launcher shows while it works. Progress is counted in training images."""
+
+    def __init__(self, console: Console, runs: list[Run], done: set[str]) -> None:
+        self.console, self.live = console, console.is_terminal
+        self.bars = Progress(
+            TextColumn("{task.description:<32}"),
+            BarColumn(),
+            TextColumn("{task.percentage:3.0f} %"),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not self.live,
+        )
+        total = sum(r.recipe.factors.budget.images for r in runs)
+        self.count, self.runs = len(done), len(runs)
+        self.study = self.bars.add_task(
+            "study",
+            total=total,
+            note="",
+            completed=sum(r.recipe.factors.budget.images for r in runs if r.id in done),
+        )
+        self.tasks: dict[str, TaskID] = {}
+        self.start: dict[str, float] = {}
+
+    def __enter__(self) -> None:
+        self.bars.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.bars.stop()
+
+    def started(self, run: Run) -> None:
+        """A process has taken the run."""
+        self.start[run.id] = time.monotonic()
+        self.tasks[run.id] = self.bars.add_task(
+            label(run), total=run.recipe.factors.budget.images, note="starting"
+        )
+        if not self.live:
+            self.console.print(f"start  {label(run)}", highlight=False)
+
+    def progress(self, run: Run, row: Mapping | None) -> None:
+        """The run's last log row."""
+        task = self.bars.tasks[self.bars.task_ids.index(self.tasks[run.id])]
+        if row and row["images"] > task.completed:
+            self.bars.advance(self.study, row["images"] - task.completed)
+            whole = row["images"] >= run.recipe.factors.budget.images
+            self.bars.update(
+                task.id,
+                completed=row["images"],
+                note="measuring" if whole else f"loss {row['loss']:.3g}",
+            )
+
+    def ended(self, run: Run, state: str | None) -> None:
+        """The run's process is gone; state None means another launcher has the run."""
+        self.bars.remove_task(self.tasks.pop(run.id))
+        self.count += state == "done"
+        if not self.live and state:
+            seconds = time.monotonic() - self.start[run.id]
+            self.console.print(
+                f"{state:<6} {label(run)}  {seconds:.1f} s  [{self.count} of {self.runs} runs]",
+                highlight=False,
+                markup=False,
+            )
+
+
+def state_table(study: Study, states: Mapping[str, str]) -> Table:
+    """Variants and sources by seed, with each run's state."""
+    table = Table(title=study.name, title_justify="left")
+    for column in ("cell", "run", *(f"seed {s}" for s in study.seeds)):
+        table.add_column(column)
+    for recipe in study.recipes:
+        cells = [states[r.id] for r in study.runs if r.recipe is recipe]
+        role = "" if recipe.role == "student" else " (source)"
+        table.add_row(recipe.cell, recipe.name + role, *(f"[{COLOURS[s]}]{s}[/]" for s in cells))
+    return table

@@ -1,0 +1,303 @@
+"""From a study file to a Study: layers merged, references followed; every mistake a StudyError."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from study.checks import check_measure, check_primary, check_recipe
+from study.errors import StudyError, nearest
+from study.factors import Budget, Factors, references
+from study.identity import run_id
+from study.layers import Layered, mapping, read_file, read_yaml
+from study.settings import Measure, score_settings, settings_of
+from study.spec import Primary, Recipe, Run, Study
+
+PRESETS = Path(__file__).with_name("presets.yaml")
+KEYS = ("question", "primary", "base", "sources", "variants", "cells", "seeds", "measure")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+def load(path: Path, sets: tuple[str, ...] = ()) -> Study:
+    """Reads and resolves a study file; sets: `key.path=value` laid over it.
+
+    Raises StudyError for anything that a user has to mend in it.
+    """
+    file = str(path)
+    if not NAME.fullmatch(path.stem):
+        raise StudyError(f"{file}: a study's name has letters, digits, '.', '_' and '-' only")
+    tree = read_file(path)
+    for text in sets:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise StudyError(f"--set {text}: key.path=value expected")
+        overlay(tree, key.split("."), read_yaml(value, f"--set {text}"), f"--set {text}")
+    return Resolver(file, tree, path.stem).study()
+
+
+def overlay(tree: dict, path: list[str], value: object, where: str) -> None:
+    """Replaces tree[path[0]][path[1]]... by value, making the mappings on the way."""
+    for name in path[:-1]:
+        below = tree.get(name)
+        below = {"kind": below} if isinstance(below, str) else below
+        tree[name] = below = mapping(below, f"{where}: {name}")
+        tree = below
+    if not all(path):
+        raise StudyError(f"{where}: an empty name in the key path")
+    tree[path[-1]] = value
+
+
+class Resolver:
+    """One study file on its way to a Study."""
+
+    def __init__(self, file: str, tree: dict, name: str) -> None:
+        self.file, self.name = file, name
+        for key in tree:
+            if key not in KEYS:
+                raise StudyError(f"{file}: {key}: no such key; {nearest(key, KEYS)}")
+        self.tree = tree
+        self.base = self._section("base")
+        self.sources = self._named("sources")
+        self.variants = self._named("variants")
+        self.cells = self._named("cells") or {self.name: {}}
+        self.presets = read_file(PRESETS)
+        if not self.variants:
+            raise StudyError(f"{file}: variants: missing or empty; a study compares variants")
+        if both := set(self.sources) & set(self.variants):
+            raise StudyError(f"{file}: sources.{min(both)}: also the name of a variant")
+        self.ids: dict[tuple[str, str, int], str] = {}
+
+    def _section(self, key: str) -> dict:
+        return mapping(self.tree.get(key), f"{self.file}: {key}")
+
+    def _named(self, key: str) -> dict[str, dict]:
+        section = self._section(key)
+        for name in section:
+            if not NAME.fullmatch(name):
+                raise StudyError(
+                    f"{self.file}: {key}.{name}: a name has letters, digits, '.', "
+                    "'_' and '-', 64 at most"
+                )
+        return {n: mapping(v, f"{self.file}: {key}.{n}") for n, v in section.items()}
+
+    def study(self) -> Study:
+        """Resolves everything; runs come in an order in which sources precede their users."""
+        seeds = self._seeds()
+        recipes = [
+            self._recipe(name, role, cell)
+            for cell in self.cells
+            for role, group in (("teacher", self.sources), ("student", self.variants))
+            for name in group
+        ]
+        table = {(r.name, r.cell): r for r in recipes}
+        recipes = [self._charged(r, table) for r in recipes]
+        table = {(r.name, r.cell): r for r in recipes}
+        for recipe in recipes:
+            sources = {r.name: r for r in recipes if r.cell == recipe.cell and r.role == "teacher"}
+            check_recipe(recipe, self._where(recipe), sources, self.variants)
+        ordered = [r for cell in self.cells for r in self._order(cell, table)]
+        runs, asked = [], set()
+        for recipe in ordered:
+            for seed in seeds:
+                runs.append(self._run(recipe, seed, asked))
+        question = self.tree.get("question", "")
+        if not isinstance(question, str):
+            raise StudyError(f"{self.file}: question: {question!r} given; text expected")
+        return Study(
+            self.name, question, self._primaries(table), seeds, tuple(ordered), tuple(runs)
+        )
+
+    def _seeds(self) -> tuple[int, ...]:
+        seeds = self.tree.get("seeds", [0])
+        kind = Annotated[tuple[Annotated[int, Meta(ge=0, lt=2**31)], ...], Meta(min_length=1)]
+        try:
+            seeds = msgspec.convert(seeds, kind)
+        except msgspec.ValidationError as error:
+            raise StudyError(
+                f"{self.file}: seeds: {seeds!r} given; a list of different whole "
+                f"numbers from 0 expected ({error})"
+            ) from None
+        if len(set(seeds)) < len(seeds):
+            raise StudyError(f"{self.file}: seeds: {list(seeds)} names one twice")
+        return seeds
+
+    # --- one recipe ---
+
+    def _chain(
+        self, name: str, group: dict, where: str, seen: tuple[str, ...] = ()
+    ) -> list[tuple[str, dict]]:
+        """The layers of a variant or source, `from` first: (where it stands, its own keys)."""
+        own = dict(group[name])
+        if where in seen:
+            raise StudyError(f"{self.file}: {where}.from: a cycle: {' -> '.join((*seen, where))}")
+        origin = own.pop("from", None)
+        if origin is None:
+            return [(where, own)]
+        preset = str(origin).removeprefix("preset:")
+        if origin in self.variants or origin in self.sources:
+            group, key = (
+                (self.variants, "variants")
+                if origin in self.variants
+                else (self.sources, "sources")
+            )
+            below = self._chain(origin, group, f"{key}.{origin}", (*seen, where))
+        elif preset in self.presets:
+            below = [(f"preset {preset}", mapping(self.presets[preset], f"preset {preset}"))]
+        else:
+            names = [*self.variants, *self.sources, *(f"preset:{p}" for p in self.presets)]
+            raise StudyError(f"{self.file}: {where}.from: {origin!r}; {nearest(origin, names)}")
+        return [*below, (where, own)]
+
+    def _recipe(self, name: str, role: str, cell: str) -> Recipe:
+        key, group = (
+            ("variants", self.variants) if role == "student" else ("sources", self.sources)
+        )
+        cell_keys = {k: v for k, v in self.cells[cell].items() if k not in ("measure", "primary")}
+        layered = Layered(Factors, self.file)
+        layered.add(self.base, "base")
+        fixed = layered.add(cell_keys, f"cells.{cell}")
+        charge: object = ()
+        for where, own in self._chain(name, group, f"{key}.{name}"):
+            charge = own.pop("charge", charge) or ()
+            for path in layered.add(own, where):
+                if role == "student" and any(_overlap(path, f) for f in fixed):
+                    raise StudyError(
+                        f"{self.file}: {where}.{path}: cell {cell!r} sets this key, so "
+                        "no variant may; only sources override a cell"
+                    )
+        if not (
+            isinstance(charge, list | tuple)
+            and all(c in self.sources for c in charge)
+            and len(set(charge)) == len(charge)
+        ):
+            raise StudyError(
+                f"{self.file}: {key}.{name}.charge: {charge!r}; a list of different "
+                f"sources expected ({nearest('', self.sources)})"
+            )
+        factors = layered.build()
+        return Recipe(
+            name,
+            role,
+            cell,
+            self._budgeted(factors, layered),
+            tuple(charge),
+            self._measure(cell, factors),
+        )
+
+    def _budgeted(self, factors: Factors, layered: Layered) -> Factors:
+        """budget.share resolved against the base budget."""
+        budget = factors.budget
+        if budget.images is None:
+            raise StudyError(f"{layered.where('budget')}: needs 'images', in base or here")
+        images = budget.images * (1 if budget.share is None else budget.share)
+        if abs(images - round(images)) > 1e-6 or round(images) % factors.batch:
+            raise StudyError(
+                f"{layered.where('budget')}: {images:g} images are not whole batches "
+                f"of {factors.batch}"
+            )
+        sigma = factors.sigma
+        if sigma.min >= sigma.max:
+            raise StudyError(
+                f"{layered.where('sigma')}: min {sigma.min} is not below max {sigma.max}"
+            )
+        return msgspec.structs.replace(factors, budget=Budget(images=round(images)))
+
+    def _charged(self, recipe: Recipe, table: Mapping[tuple[str, str], Recipe]) -> Recipe:
+        """The recipe with the charged sources' images taken from its own budget."""
+        if not recipe.charge:
+            return recipe
+        charged = sum(table[c, recipe.cell].factors.budget.images for c in recipe.charge)
+        images = recipe.factors.budget.images - charged
+        if images <= 0 or images % recipe.factors.batch:
+            raise StudyError(
+                f"{self._where(recipe)}.charge: {charged} of "
+                f"{recipe.factors.budget.images} images are charged; what is left must "
+                f"be a positive number of whole batches of {recipe.factors.batch}"
+            )
+        return replace(
+            recipe, factors=msgspec.structs.replace(recipe.factors, budget=Budget(images=images))
+        )
+
+    def _measure(self, cell: str, factors: Factors) -> Measure:
+        """The study's `measure` with the cell's laid over it."""
+        layered = Layered(Measure, self.file)
+        layered.add(self._section("measure"), "measure")
+        where = f"cells.{cell}.measure"
+        layered.add(mapping(self.cells[cell].get("measure"), f"{self.file}: {where}"), where)
+        measure = layered.build()
+        check_measure(measure, factors, layered.where)
+        return measure
+
+    def _where(self, recipe: Recipe) -> str:
+        key = "variants" if recipe.role == "student" else "sources"
+        return f"{self.file}: {key}.{recipe.name}"
+
+    # --- what holds between recipes ---
+
+    def _order(self, cell: str, table: Mapping[tuple[str, str], Recipe]) -> Iterator[Recipe]:
+        """Sources before their users, otherwise in the file's order. Raises on a cycle."""
+        done: set[str] = set()
+
+        def visit(name: str, above: tuple[str, ...]) -> Iterator[Recipe]:
+            if name in above:
+                raise StudyError(
+                    f"{self.file}: sources.{name}: a cycle: {' -> '.join((*above, name))}"
+                )
+            if name in done:
+                return
+            recipe = table[name, cell]
+            for other in (*references(recipe.factors).values(), *recipe.charge):
+                yield from visit(other, (*above, name))
+            done.add(name)
+            yield recipe
+
+        for name in (*self.sources, *self.variants):
+            yield from visit(name, ())
+
+    def _run(self, recipe: Recipe, seed: int, asked: set[str]) -> Run:
+        """The run, with its id. asked: score errors that an earlier run measures already."""
+        ids = {f: self.ids[n, recipe.cell, seed] for f, n in references(recipe.factors).items()}
+        name = run_id(recipe.factors, ids, recipe.role, seed)
+        self.ids[recipe.name, recipe.cell, seed] = name
+        measures = list(settings_of(recipe.measure, recipe.factors, recipe.role))
+        score = score_settings(recipe.measure, recipe.factors, ids)
+        if score and recipe.role == "student" and score.file not in asked:
+            asked.add(score.file)
+            measures.append(score)
+        charged = tuple(self.ids[c, recipe.cell, seed] for c in recipe.charge)
+        return Run(recipe, seed, name, ids, charged, tuple(measures))
+
+    def _primaries(self, table: Mapping[tuple[str, str], Recipe]) -> dict[str, Primary]:
+        """The primary comparison of each cell, checked against what is measured there."""
+        result = {}
+        for cell, keys in self.cells.items():
+            layered = Layered(Primary, self.file)
+            layered.add(self._section("primary"), "primary")
+            where = f"cells.{cell}.primary"
+            layered.add(mapping(keys.get("primary"), f"{self.file}: {where}"), where)
+            if not layered.values:
+                continue
+            primary = layered.build()
+            for key in ("variant", "against"):
+                if getattr(primary, key) not in self.variants:
+                    raise StudyError(
+                        f"{layered.where(key)}: no variant {getattr(primary, key)!r}; "
+                        f"{nearest(getattr(primary, key), self.variants)}"
+                    )
+            recipe = table[primary.variant, cell]
+            if primary.ema is None:
+                primary = msgspec.structs.replace(primary, ema=recipe.factors.weights_ema[0])
+            check_primary(primary, recipe, layered.where)
+            result[cell] = primary
+        return result
+
+
+def _overlap(a: str, b: str) -> bool:
+    """Whether one key path is the other or stands above it."""
+    return a == b or a.startswith(b + ".") or b.startswith(a + ".")

@@ -1,0 +1,171 @@
+"""Runs a study: trains and measures what is missing, and says where the report goes.
+
+The command that starts a study resumes, extends and repairs it. Exit status: 0 all done; 1 a run
+failed; 2 something in the study file or the command has to be mended; 3 work is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+from fnmatch import fnmatch
+from pathlib import Path
+
+from rich.console import Console
+
+from study.errors import StudyError
+from study.launch import Launcher, devices
+from study.progress import Display, label, state_table
+from study.resolve import load
+from study.spec import Run, Study
+from study.store import Store
+
+EXAMPLES = """examples:
+  python -m study.run sweeps/grid.yaml                    train and measure what is missing
+  python -m study.run sweeps/grid.yaml --plan             say what that would be, and do nothing
+  python -m study.run sweeps/grid.yaml --status           what is done, running, failed
+  python -m study.run sweeps/grid.yaml --only 'cd*-s0'    these runs and the sources they need
+  python -m study.run sweeps/grid.yaml --set seeds='[0,1,2,3,4,5]'   more seeds: only they are new
+  python analysis/report.py grid                          the report:
+  results/grid/report/report.html
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        "python -m study.run",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("study", type=Path, help="a study file, e.g. sweeps/grid.yaml")
+    p.add_argument("--plan", action="store_true", help="say what would be done; do nothing")
+    p.add_argument("--status", action="store_true", help="say what is done; do nothing")
+    p.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes at once (default: CPU cores, or GPUs); 0: in this process",
+    )
+    p.add_argument("--minutes", type=float, metavar="M", help="stop cleanly after M minutes")
+    p.add_argument(
+        "--only",
+        metavar="PATTERN",
+        help="only runs VARIANT-CELL-sSEED that match (* and ?), and their sources",
+    )
+    p.add_argument("--retry", action="store_true", help="try failed runs again")
+    p.add_argument(
+        "--results",
+        type=Path,
+        default=Path("results"),
+        metavar="DIR",
+        help="where results/STUDY goes (default: results)",
+    )
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    p.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY.PATH=VALUE",
+        help="override a key of the study file, paths from its root; repeatable",
+    )
+    return p
+
+
+def chosen(study: Study, pattern: str | None) -> list[Run]:
+    """The runs that match, and those they need, in the study's order."""
+    if pattern is None:
+        return list(study.unique.values())
+    named = [r.id for r in study.runs if fnmatch(label(r), pattern)]
+    if not named:
+        raise StudyError(
+            f"--only {pattern}: no run matches; runs are called {label(study.runs[-1])}, say"
+        )
+    wanted: set[str] = set()
+    while named:
+        run = study.unique[named.pop()]
+        wanted.add(run.id)
+        named += [i for i in (*run.refs.values(), *run.charged) if i not in wanted]
+    return [r for r in study.unique.values() if r.id in wanted]
+
+
+def show_plan(console: Console, store: Store, wanted: list[Run]) -> None:
+    """What is new, kept and no longer asked for."""
+    states = store.states()
+    new = [r for r in wanted if store.folders[r.id].trained is None]
+    kept = [r for r in wanted if r not in new]
+    due = sum(len(store.folders[r.id].due(r)) for r in kept) + sum(len(r.measures) for r in new)
+    console.print(state_table(store.study, states))
+    console.print(
+        f"{len(new)} runs to train ({sum(r.recipe.factors.budget.images for r in new):,} "
+        f"images), {len(kept)} kept, {due} measurements to make, "
+        f"{len(store.orphans)} folders that this study does not ask for",
+        highlight=False,
+    )
+    for path in store.orphans:
+        console.print(f"  not asked for: {path}", highlight=False)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    options = parser().parse_args(arguments)
+    console, problems = Console(), Console(stderr=True)
+    try:
+        for name in ("workers", "minutes"):
+            value = getattr(options, name)
+            if value is not None and not 0 <= value < 1e6:
+                raise StudyError(f"--{name} {value}: a number from 0 expected")
+        study = load(options.study, tuple(options.set))
+        store, wanted = Store(options.results, study), chosen(study, options.only)
+        if options.plan:
+            show_plan(console, store, wanted)
+            return 0
+        if not options.status:
+            slots = devices(options.device, options.workers)
+            store.write_study(options.study)
+            done = {i for i, s in store.states().items() if s == "done"}
+            display = Display(console, wanted, done)
+            deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+            Launcher(store, wanted, slots, display, options.retry).run(
+                deadline, options.workers == 0
+            )
+    except StudyError as error:
+        problems.print(
+            f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True
+        )
+        return 2
+    return summary(console, store, wanted)
+
+
+def summary(console: Console, store: Store, wanted: list[Run]) -> int:
+    """The state table, failures with reason and log, the next command; returns the exit status."""
+    states = store.states()
+    console.print(state_table(store.study, states))
+    counts = Counter(states[r.id] for r in wanted)
+    console.print(", ".join(f"{n} {state}" for state, n in counts.items()), highlight=False)
+    for run in wanted:
+        folder = store.folders[run.id]
+        if states[run.id] == "failed":
+            console.print(
+                f"failed: {label(run)}: {folder.reason()}\n  log: {folder.file('log.txt')}\n"
+                "  --retry tries it again",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+        elif (folder.trained or {}).get("outcome") == "diverged":
+            console.print(f"diverged: {label(run)}: {folder.trained['reason']}", highlight=False)
+    console.print(
+        f"report: python analysis/report.py {store.path}  ->  "
+        f"{store.path / 'report' / 'report.html'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 1 if counts["failed"] else 0 if counts["done"] == len(wanted) else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Noise levels: the grid, how fine it is at which progress, and how (r, t) is drawn from u.
+
+Karras grid of N points: sigma_i = (min^(1/rho) + i/(N-1) (max^(1/rho) - min^(1/rho)))^rho,
+i = 0..N-1. A law maps a uniform u to a noise level by its inverse distribution function on
+[min, max]; on a grid (r, t) are the ends of the interval that the level falls in, which for iCT's
+law is p(sigma_i) ~ erf((ln sigma_{i+1} - P_mean) / (sqrt2 P_std)) - erf((ln sigma_i - P_mean) /
+(sqrt2 P_std)) exactly (Song & Dhariwal 2023). All variants of a block map the same u.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from study.factors import Discretization, Doubling, Fixed, Law, LognormalGrid, Sigma
+
+
+def grid_points(discretization: Discretization, progress: float) -> int:
+    """N, the number of grid points, at `progress` in [0, 1] of a run's own steps.
+
+    Doubling is iCT's N(k) = min(s0 2^floor(k / K'), s1) + 1 with k / K = progress and
+    K' = K / (log2 floor(s1 / s0) + 1).
+    """
+    match discretization:
+        case Fixed(N=N):
+            return N
+        case Doubling(s0=s0, s1=s1):
+            stages = math.log2(s1 // s0) + 1 if s1 > s0 else 1.0
+            return min(s0 * 2 ** int(progress * stages), s1) + 1
+        case _:
+            assert_never(discretization)
+
+
+def karras(i: Tensor, N: Tensor | int, sigma: Sigma) -> Tensor:
+    """Grid point i of N, float64; exactly min at i = 0."""
+    low, high = sigma.min ** (1 / sigma.rho), sigma.max ** (1 / sigma.rho)
+    level = (low + i / (N - 1) * (high - low)) ** sigma.rho
+    return torch.where(i == 0, sigma.min, level)
+
+
+def level(law: Law, u: Tensor, sigma: Sigma) -> Tensor:
+    """The noise level at quantile u (B,) of the law on [min, max], float64."""
+    match law:
+        case LognormalGrid(P_mean=mean, P_std=std):
+            low, high = (
+                torch.special.ndtr(torch.tensor((math.log(s) - mean) / std).double())
+                for s in (sigma.min, sigma.max)
+            )
+            low, high = low.to(u.device), high.to(u.device)
+            normal = torch.special.ndtri(low + u.double() * (high - low))
+            return torch.exp(mean + std * normal).clamp(sigma.min, sigma.max)
+        case _:
+            assert_never(law)
+
+
+def pair(law: Law, u: Tensor, N: Tensor | int, sigma: Sigma) -> tuple[Tensor, Tensor]:
+    """Neighbouring levels r < t (B,) of the grid of N points, float32."""
+    low, high = sigma.min ** (1 / sigma.rho), sigma.max ** (1 / sigma.rho)
+    share = (level(law, u, sigma) ** (1 / sigma.rho) - low) / (high - low)
+    i = torch.minimum((share * (N - 1)).floor(), torch.as_tensor(N - 2.0)).clamp(min=0)
+    return karras(i, N, sigma).float(), karras(i + 1, N, sigma).float()

@@ -1,0 +1,101 @@
+"""The score estimates: what stands for E[x | x_t] in the solver step.
+
+`estimate` returns D^(x_t, t), from which the probability-flow ODE's slope is (x_t - D^) / t and
+the score (D^ - x_t) / t^2. Each case states its mean and covariance given x_t. CT and CD differ in
+this function and nowhere else (Song et al. 2023, Algorithms 2 and 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from study.factors import Analytic, Empirical, Score, SingleSample, Teacher
+from study.mixtures import GaussianMixture
+
+CHUNK = 1 << 26  # entries of one block of logits
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+
+
+class Posterior:
+    """The exact posterior over a finite training set: w_i = softmax_i(-|x_t - x_i|^2 / (2 t^2)).
+
+    Logits are computed as (<x_t, x_i> - |x_i|^2 / 2) / t^2 about the data's mean, in float32
+    without TF32: their differences, not their size, decide, and at small t reduced precision is
+    garbage.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        """x: training set (n, ...), float32."""
+        self.shape, flat = x.shape[1:], x.flatten(1)
+        self.mean_image = flat.mean(0)
+        self.centred = flat - self.mean_image  # (n, d)
+        self.half_norm = self.centred.square().sum(1) / 2  # (n,)
+
+    def weights(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Posterior weights (B, n) at x_t (B, ...), t (B,)."""
+        query = x_t.flatten(1) - self.mean_image
+        with torch.autocast(x_t.device.type, enabled=False):
+            logits = (query @ self.centred.T - self.half_norm) / t[:, None].square()
+        return logits.softmax(1)
+
+    def _chunks(self, x_t: Tensor, t: Tensor) -> list[tuple[Tensor, Tensor]]:
+        rows = max(1, CHUNK // len(self.centred))
+        return list(zip(x_t.split(rows), t.split(rows), strict=True))
+
+    def mean(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """D_emp(x_t, t) (B, ...): the empirical denoiser."""
+        means = [self.weights(x, s) @ self.centred for x, s in self._chunks(x_t, t)]
+        return (torch.cat(means) + self.mean_image).view(-1, *self.shape)
+
+    def variance(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """Trace of Cov[x | x_t] (B,)."""
+        result = []
+        for x, s in self._chunks(x_t, t):
+            w = self.weights(x, s)
+            mean = w @ self.centred
+            # about the posterior mean, not as a difference of second moments, which cancels
+            spread = torch.cdist(mean, self.centred, compute_mode="donot_use_mm_for_euclid_dist")
+            result.append((w * spread.square()).sum(1))
+        return torch.cat(result)
+
+    def sample(self, x_t: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
+        """One exact draw x ~ p(x | x_t) per row (B, ...)."""
+        index = [
+            torch.multinomial(self.weights(x, s), 1, generator=generator)[:, 0]
+            for x, s in self._chunks(x_t, t)
+        ]
+        return (self.centred[torch.cat(index)] + self.mean_image).view(-1, *self.shape)
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What a score may consult. Each is None where the study has no such thing."""
+
+    teacher: Denoiser | None = None
+    posterior: Posterior | None = None
+    density: GaussianMixture | None = None
+
+
+def estimate(score: Score, known: Knowledge, x: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """D^ (B, ...) for clean x (B, ...), x_t = x + t z, and levels t (B,)."""
+    match score:
+        case SingleSample():
+            # mean E[x | x_t] under the data x was drawn from; covariance Cov[x | x_t]
+            return x
+        case Teacher():
+            # mean D_phi(x_t, t); covariance 0
+            return known.teacher(x_t, t)
+        case Empirical():
+            # mean E[x | x_t] over the training set, exactly; covariance 0
+            return known.posterior.mean(x_t, t)
+        case Analytic():
+            # mean E[x | x_t] under the population, exactly; covariance 0
+            return known.density.denoiser(x_t, t)
+        case _:
+            assert_never(score)

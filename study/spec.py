@@ -1,0 +1,124 @@
+"""The nouns of a study, resolved: Primary, Recipe, Run, Study.
+
+A study asks one question of some variants (compared) and sources (trained for others), in cells
+(never pooled) and over seeds. A recipe is a variant or source in one cell, complete; a run is a
+recipe with a seed. `resolve.load` makes a Study of a study file before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from study.errors import StudyError  # noqa: F401
+from study.factors import Factors, Share, Value, ignored
+from study.settings import Measure, Settings
+
+
+class Primary(Value, frozen=True):
+    """The comparison the study was made for, declared before it ran; margin in the transformed
+    metric (log for FID)."""
+
+    variant: str
+    against: str
+    metric: str = "fid"
+    nfe: Annotated[int, Meta(ge=1, le=2)] = 1
+    at: Share = 1.0
+    ema: float | None = None
+    reference: str = "train"
+    margin: Annotated[float, Meta(ge=0)] = 0.05
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A variant or source in one cell. charge: sources whose images count against its budget."""
+
+    name: str
+    role: str  # 'student' for variants, 'teacher' for sources: it keys the randomness
+    cell: str
+    factors: Factors
+    charge: tuple[str, ...]
+    measure: Measure
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe with a seed. refs: ids of the runs it reads, by factor; charged: ids it pays
+    for."""
+
+    recipe: Recipe
+    seed: int
+    id: str
+    refs: Mapping[str, str]
+    charged: tuple[str, ...]
+    measures: tuple[Settings, ...] = ()
+
+    @property
+    def folder(self) -> str:
+        """The folder a new run gets. Only the id at its end is key."""
+        cell = f"-{self.recipe.cell}" if self.recipe.role == "student" else ""
+        return f"{self.recipe.name}{cell}-s{self.seed}-{self.id}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A resolved study; runs stand after the runs that they read."""
+
+    name: str
+    question: str
+    primaries: Mapping[str, Primary]  # by cell
+    seeds: tuple[int, ...]
+    recipes: tuple[Recipe, ...]
+    runs: tuple[Run, ...]
+
+    @cached_property
+    def unique(self) -> dict[str, Run]:
+        """Runs by id: names that mean the same are one. A later name's measures are added."""
+        result: dict[str, Run] = {}
+        for run in self.runs:
+            old = result.get(run.id)
+            if old:
+                more = tuple(m for m in run.measures if m not in old.measures)
+                run = replace(old, measures=old.measures + more)
+            result[run.id] = run
+        return result
+
+    def as_json(self) -> dict:
+        """What study.json holds: plain data for the analysis."""
+        index = {id(recipe): i for i, recipe in enumerate(self.recipes)}
+        return {
+            "schema": 1,
+            "name": self.name,
+            "question": self.question,
+            "primary": {c: msgspec.to_builtins(p) for c, p in self.primaries.items()},
+            "seeds": self.seeds,
+            "cells": list(dict.fromkeys(r.cell for r in self.recipes)),
+            "recipes": [
+                {
+                    "name": r.name,
+                    "role": "variant" if r.role == "student" else "source",
+                    "cell": r.cell,
+                    "factors": msgspec.to_builtins(r.factors),
+                    "charge": r.charge,
+                    "ignored": ignored(r.factors),
+                }
+                for r in self.recipes
+            ],
+            "runs": [
+                {
+                    "recipe": index[id(r.recipe)],
+                    "seed": r.seed,
+                    "id": r.id,
+                    "folder": r.folder,
+                    "refs": sorted(set(r.refs.values())),
+                    "charged": r.charged,
+                    "measures": [m.file for m in r.measures],
+                }
+                for r in self.runs
+            ],
+        }

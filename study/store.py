@@ -1,0 +1,207 @@
+"""The run folder: the only record of a run, and the state that is derived from it.
+
+Every file is written whole, through a temporary file in the same folder, fsync and os.replace;
+logs are appended line by line. A run's state is never stored: running = its lock is held (the
+kernel frees it at death), done = trained.json and every measurement asked for at a point it has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from study.errors import StudyError
+from study.spec import Run, Study
+
+ENDED_WELL = ("done", "stopped")
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes plain data as JSON, whole or not at all. NaN and infinity are refused."""
+    write_bytes(path, json.dumps(value, indent=1, allow_nan=False).encode() + b"\n")
+
+
+def read_json(path: Path) -> Any | None:  # noqa: ANN401
+    """The file's value, or None where there is no such file. Raises StudyError on a torn one."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise StudyError(
+            f"{path}: not readable as JSON ({error}); remove it to have it made again"
+        ) from None
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The rows of a line log; a last line cut short by a crash is left out."""
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def append_line(path: Path, row: Mapping[str, object]) -> None:
+    """Adds one row to a line log."""
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class Folder:
+    """One run's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def file(self, name: str) -> Path:
+        """A path inside the folder."""
+        return self.path / name
+
+    @property
+    def trained(self) -> dict | None:
+        """trained.json, or None while training is not finished."""
+        return read_json(self.file("trained.json"))
+
+    def create(self, run: Run, identity: Mapping[str, object]) -> None:
+        """Makes the folder; run.json is written first and never changed."""
+        self.file("snapshots").mkdir(parents=True, exist_ok=True)
+        self.file("measures").mkdir(exist_ok=True)
+        known = read_json(self.file("run.json"))
+        if known is None:
+            write_json(self.file("run.json"), identity)
+        elif known.get("id") != run.id:
+            raise StudyError(f"{self.path}: run.json belongs to run {known.get('id')}")
+
+    @contextmanager
+    def lock(self) -> Iterator[bool]:
+        """Holds the run's lock; yields False where another process has it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.file("lock"))
+        try:
+            lock.acquire(timeout=0.5, poll_interval=0.05)  # rides out a glance by `locked`
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    @property
+    def locked(self) -> bool:
+        """Whether a living process holds the lock."""
+        if not self.file("lock").exists():
+            return False
+        lock = FileLock(self.file("lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return True
+        lock.release()
+        return False
+
+    def due(self, run: Run) -> list:
+        """Settings asked of the run at points it has a snapshot for, and not yet measured."""
+        trained = self.trained
+        if trained is None or trained["outcome"] != "trained":
+            return []
+        points = {s["at"] for s in trained["snapshots"]}
+        return [
+            m
+            for m in run.measures
+            if m.at in points and not self.file(f"measures/{m.file}").exists()
+        ]
+
+    def state(self, run: Run) -> str:
+        """pending, running, interrupted, failed or done."""
+        if not self.path.exists():
+            return "pending"
+        if self.trained is not None and not self.due(run):
+            return "done"
+        if self.locked:
+            return "running"
+        attempts = read_lines(self.file("attempts.jsonl"))
+        if not attempts:
+            return "pending"
+        last = attempts[-1]
+        failed = last["event"] == "end" and last["reason"] not in ENDED_WELL
+        return "failed" if failed else "interrupted"
+
+    def progress(self) -> dict | None:
+        """The last row of steps.jsonl: how far training is."""
+        rows = read_lines(self.file("steps.jsonl"))
+        return rows[-1] if rows else None
+
+    def reason(self) -> str:
+        """Why the last attempt ended."""
+        return read_lines(self.file("attempts.jsonl"))[-1].get("reason", "")
+
+
+class Store:
+    """results/STUDY: the study's resolved file and its runs."""
+
+    def __init__(self, results: Path, study: Study) -> None:
+        self.path, self.study = results / study.name, study
+        runs = self.path / "runs"
+        existing = {p.name.rpartition("-")[2]: p for p in sorted(runs.glob("*-*"))}
+        self.folders = {
+            run.id: Folder(existing.get(run.id, runs / run.folder))
+            for run in study.unique.values()
+        }
+        self.orphans = [p for i, p in existing.items() if i not in self.folders]
+
+    def write_study(self, source: Path) -> None:
+        """study.yaml as given and study.json as resolved, folders by the names they have."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        resolved = self.study.as_json()
+        for run in resolved["runs"]:
+            run["folder"] = self.folders[run["id"]].path.name
+        write_bytes(self.path / "study.yaml", source.read_bytes())
+        write_json(self.path / "study.json", resolved)
+
+    def states(self) -> dict[str, str]:
+        """State by run id."""
+        return {r.id: self.folders[r.id].state(r) for r in self.study.unique.values()}
+
+    def ready(self, waiting: Iterable[Run]) -> Iterator[Run]:
+        """The runs whose referenced runs are all trained."""
+        for run in waiting:
+            if all(
+                (self.folders[i].trained or {}).get("outcome") == "trained"
+                for i in run.refs.values()
+            ):
+                yield run

@@ -1,0 +1,195 @@
+"""Training one run to its budget, exactly, from wherever its folder says it is.
+
+Draw and step are split: the batch is addressed by the image count, and the loss is a pure function
+of it, so a resumed run does the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+
+import msgspec
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from study import schedules
+from study.budget import Spend, passes
+from study.data import Dataset, Draws
+from study.errors import StudyError
+from study.factors import ignored
+from study.models import Lookup, initial, level_range, make_optimizer, make_problem
+from study.spec import Run
+from study.store import append_line, read_lines, sha256, write_bytes, write_json
+from study.weights import average, digest, load_tensors, power_gamma, save_tensors, snapshot_name
+
+LOG_ROWS = 200
+SAVE_SECONDS = 60
+DIGEST_IMAGES = 256
+
+
+def set_up(device: torch.device) -> None:
+    """One CPU thread and deterministic kernels in true float32: the same bits every time."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def snapshot_images(run: Run) -> dict[int, float]:
+    """Image counts at which a snapshot is due, in whole batches, and the share each stands for."""
+    budget = run.recipe.factors.budget.images
+    batch = run.recipe.factors.batch
+    points = {*run.recipe.measure.at, *(m.at for m in run.measures), 1.0}
+    return {max(1, round(at * budget / batch)) * batch: at for at in sorted(points)}
+
+
+def stream_digest(draws: Draws) -> str:
+    """Digest of the first images, noise and times: equal for all variants of a block."""
+    first = draws(0, DIGEST_IMAGES)
+    return digest({"x": first.x, "z": first.z, "u": first.u})
+
+
+def train(
+    run: Run,
+    sources: Mapping[str, Run],
+    lookup: Lookup,
+    dataset: Dataset,
+    device: torch.device,
+    stop: Callable[[], bool],
+) -> bool:
+    """Trains the run to its budget; returns False where `stop` cut it short at a step boundary.
+
+    Afterwards the folder holds steps.jsonl, state.pt, the snapshots and, last, trained.json with
+    the outcome 'trained', or 'diverged' where the loss was not finite.
+    """
+    factors, folder = run.recipe.factors, lookup(run.id)
+    budget, batch = factors.budget.images, factors.batch
+    net = initial(run, sources, lookup, dataset).to(device)
+    facts = {
+        "id": run.id,
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "sigma_data": level_range(factors, dataset).data,
+        "data_digest": dataset.digest,
+        "init_digest": digest(dict(net.named_parameters())),
+    }
+    problem = make_problem(run, sources, lookup, dataset, device, net)
+    draws = Draws(dataset, run.seed, run.recipe.role, factors.data_stream)
+    facts["stream_digest"] = stream_digest(draws)
+
+    weights = list(net.parameters())
+    gammas = [power_gamma(length) for length in factors.weights_ema]
+    averages = [[w.detach().clone() for w in weights] for _ in gammas]
+    optimizer = make_optimizer(factors.optimizer, net)
+
+    # Multiply-adds of one step, counted on a real one; gradients are dropped again.
+    with FlopCounterMode(display=False) as counter:
+        problem.loss(draws(0, batch), 2).backward()
+    optimizer.zero_grad()
+    flops = float(counter.get_total_flops())
+
+    # Resume from the last state, the log rewound to it.
+    spend = Spend()
+    log, state_file = folder.file("steps.jsonl"), folder.file("state.pt")
+    if state_file.exists():
+        state = load_tensors(state_file)
+        for key in ("sigma_data", "data_digest", "init_digest", "stream_digest"):
+            if state["facts"][key] != facts[key]:
+                raise StudyError(
+                    f"{state_file}: {key} was {state['facts'][key]} and is now "
+                    f"{facts[key]}: the data or a source has changed"
+                )
+        net.load_state_dict(state["net"])
+        optimizer.load_state_dict(state["optimizer"])
+        averages = [[a.to(device) for a in average] for average in state["averages"]]
+        spend = msgspec.convert(state["spend"], Spend)
+    rows = [row for row in read_lines(log) if row["images"] <= spend.images]
+    write_bytes(log, "".join(msgspec.json.encode(row).decode() + "\n" for row in rows).encode())
+
+    def save() -> None:
+        save_tensors(
+            state_file,
+            {
+                "facts": facts,
+                "net": net.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "averages": averages,
+                "spend": msgspec.to_builtins(spend),
+            },
+        )
+
+    def ended(outcome: str, reason: str | None) -> None:
+        files = [snapshot_name(s["at"]) for s in snapshots if s["images"] <= spend.images]
+        write_json(
+            folder.file("trained.json"),
+            facts
+            | {
+                "outcome": outcome,
+                "reason": reason,
+                "spend": msgspec.to_builtins(spend),
+                "snapshots": [s for s in snapshots if s["images"] <= spend.images],
+                "sha256": {f: sha256(folder.file(f)) for f in (*files, "steps.jsonl")},
+            },
+        )
+
+    due = snapshot_images(run)
+    snapshots = [
+        {"at": at, "images": images, "file": snapshot_name(at)} for images, at in due.items()
+    ]
+    every = math.ceil(budget / batch / LOG_ROWS)
+    per_image = passes(factors)
+    saved = clock = time.perf_counter()
+    while spend.images < budget:
+        N = schedules.grid_points(factors.discretization, spend.images / budget)
+        loss = problem.loss(draws(spend.images, batch), N)
+        loss.backward()
+        update = spend.updates + 1
+        logs = update % every == 0 or spend.images + batch >= budget
+        if logs:
+            norm = torch.stack(torch._foreach_norm([w.grad for w in weights])).norm()
+            value = [float(loss.detach()), float(norm)]
+            if not all(map(math.isfinite, value)):
+                ended("diverged", f"loss {value[0]}, gradient norm {value[1]} at update {update}")
+                return True
+        optimizer.step()
+        optimizer.zero_grad()
+        average(averages, weights, gammas, update)
+
+        tick = time.perf_counter()
+        spend = spend.plus(batch, per_image, flops, tick - clock)
+        if logs:
+            append_line(
+                log,
+                {
+                    "step": update,
+                    "images": spend.images,
+                    "progress": spend.images / budget,
+                    "loss": value[0],
+                    "grad_norm": value[1],
+                    "lr": optimizer.param_groups[0]["lr"],
+                    "N": None if "discretization" in ignored(factors) else N,
+                    "seconds": spend.seconds,
+                },
+            )
+        if spend.images in due:
+            names = [name for name, _ in net.named_parameters()]
+            emas = {
+                str(length): dict(zip(names, average, strict=True))
+                for length, average in zip(factors.weights_ema, averages, strict=True)
+            }
+            save_tensors(
+                folder.file(snapshot_name(due[spend.images])),
+                {"raw": net.state_dict(), "ema": emas},
+            )
+        stopping = stop()
+        if stopping or tick - saved > SAVE_SECONDS:
+            save()
+            saved = tick
+        if stopping and spend.images < budget:
+            return False
+        clock = time.perf_counter()  # saving is not training
+    ended("trained", None)
+    state_file.unlink(missing_ok=True)  # the last snapshot holds the weights
+    return True

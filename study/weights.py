@@ -1,0 +1,70 @@
+"""Weights on disk and their averages.
+
+Averages are power functions (EDM2, Karras et al. 2024), beta_n = (1 - 1/n)^(gamma + 1), whose
+width is a fixed share of training whatever its length.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from study.errors import StudyError
+from study.store import Folder, write_bytes
+
+
+def power_gamma(length: float) -> float:
+    """gamma whose averaging profile t^gamma has standard deviation `length` of the training time:
+    length^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (Karras et al. 2024, eq. 126)."""
+    roots = np.roots([1, 7, 16 - length**-2, 12 - length**-2])
+    return float(roots.real.max())
+
+
+@torch.no_grad()
+def average(
+    averages: list[list[Tensor]], weights: list[Tensor], gammas: list[float], update: int
+) -> None:
+    """Moves every running average (in place) to include the weights after `update` (from 1)."""
+    for average, gamma in zip(averages, gammas, strict=True):
+        torch._foreach_lerp_(average, weights, 1 - (1 - 1 / update) ** (gamma + 1))
+
+
+def load_tensors(path: Path) -> Any:  # noqa: ANN401
+    """A file of tensors, read without executing anything. Raises StudyError on a torn one."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise StudyError(f"{path}: cannot be read as weights: {error}") from None
+
+
+def save_tensors(path: Path, value: object) -> None:
+    """Writes tensors whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+def snapshot_name(at: float) -> str:
+    """The snapshot's file at a share of the budget."""
+    return f"snapshots/{at:.3f}.pt"
+
+
+def weights_at(folder: Folder, at: float, ema: float) -> dict[str, Tensor]:
+    """The averaged weights of one snapshot by parameter name."""
+    return load_tensors(folder.file(snapshot_name(at)))["ema"][str(ema)]
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and values, 16 hex digits."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        total.update(name.encode())
+        total.update(tensors[name].detach().cpu().numpy().tobytes())
+    return total.hexdigest()[:16]

@@ -1,0 +1,129 @@
+"""One run in one process: take its lock, train what is missing, measure what is missing.
+
+The fork server preloads this module, and with it torch; the launcher itself never imports it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from study import data
+from study.errors import StudyError
+from study.identity import SCHEMA, canonical
+from study.measure import measure
+from study.spec import Run
+from study.store import Folder, append_line, now
+from study.train import set_up, train
+
+DONE, FAILED, BUSY, STOPPED = 0, 1, 75, 76
+
+load = cache(data.load)  # one load per process, also where it works on several runs
+
+
+@cache
+def code() -> dict[str, object]:
+    """The commit this code was run from, where it is a git checkout."""
+
+    def git(*words: str) -> str | None:
+        done = subprocess.run(
+            ["git", *words], cwd=Path(__file__).parent, text=True, capture_output=True, check=False
+        )
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        status = git("status", "--porcelain", "--untracked-files=no", "--", "../study")
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "dirty": None if status is None else bool(status),
+        }
+    except FileNotFoundError:  # no git on this machine
+        return {"commit": None, "dirty": None}
+
+
+def provenance(device: torch.device) -> dict[str, object]:
+    """Where and on what an attempt runs."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {
+        "event": "start",
+        "time": now(),
+        "host": platform.node(),
+        "device": name,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        **code(),
+        "pid": os.getpid(),
+    }
+
+
+def work(run: Run, sources: Mapping[str, Run], folders: Mapping[str, Folder], device: str) -> int:
+    """Takes one run as far as it goes; returns DONE, FAILED, BUSY or STOPPED."""
+    stopping = False
+
+    def ask_to_stop(*_: object) -> None:
+        nonlocal stopping
+        stopping = True
+
+    folder = folders[run.id]
+    before = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with folder.lock() as mine:
+            if not mine:
+                return BUSY
+            folder.create(
+                run,
+                {
+                    "schema": SCHEMA,
+                    "id": run.id,
+                    "role": run.recipe.role,
+                    "seed": run.seed,
+                    "factors": canonical(run.recipe.factors, run.refs),
+                },
+            )
+            place = torch.device(device)
+            set_up(place)
+            append_line(folder.file("attempts.jsonl"), provenance(place))
+            reason, result = "done", DONE
+            try:
+                dataset = load(run.recipe.factors.data).to(place)
+                finished = folder.trained is not None or train(
+                    run, sources, folders.__getitem__, dataset, place, lambda: stopping
+                )
+                finished = finished and measure(
+                    run, sources, folders.__getitem__, dataset, place, lambda: stopping
+                )
+                if not finished:
+                    reason, result = "stopped", STOPPED
+            except Exception as error:  # the run's outcome, told in its log and in the state table
+                traceback.print_exc()
+                reason = str(error) if isinstance(error, StudyError) else repr(error)
+                result = FAILED
+            append_line(
+                folder.file("attempts.jsonl"), {"event": "end", "time": now(), "reason": reason}
+            )
+            return result
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main(run: Run, sources: Mapping[str, Run], folders: Mapping[str, Folder], device: str) -> None:
+    """The process's entry: everything it prints goes to the run's log.txt."""
+    folders[run.id].path.mkdir(parents=True, exist_ok=True)
+    with (
+        folders[run.id].file("log.txt").open("a", buffering=1) as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        result = work(run, sources, folders, device)
+    sys.exit(result)
