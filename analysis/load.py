@@ -189,7 +189,7 @@ def _plan(path: Path) -> dict[str, Any]:
 
 
 def _primaries(plan: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The primary comparison by cell; the file may hold one for all cells, one per cell, or none."""
+    """The primary comparison by cell: the file holds one for all cells, one per cell, or none."""
     given = plan["primary"] or {}
     by_cell = dict.fromkeys(plan["cells"], given) if "variant" in given else given
     return {cell: primary for cell, primary in by_cell.items() if primary}

@@ -1,13 +1,12 @@
 """Figures. Every variant keeps one colour and marker over all of them.
 
-Bands are paired: block effects are removed first, so bands that do not overlap mean a difference at
-the 95 % level (see `stats.band`). Curves that the ledger does not prove matched are dashed. Losses
-of different variants are never drawn against each other: they are different quantities.
+Bands are paired: block effects are removed first, so bands that do not overlap mean a difference
+at the 95 % level (see `stats.band`). Curves that the ledger does not prove matched are dashed.
+Losses of different variants are never drawn against each other: they are different quantities.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,28 +16,15 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-from PIL import Image
 
-from analysis import stats, tables
+from analysis import probes, stats, tables
 from analysis.load import Study
+from analysis.style import GREY, MARKERS, PALE, STYLE, Drawn, capital, palette, save
 
-INK, GREY, PALE = "#1f2933", "#7b8794", "#e4e7eb"
-MARKERS = "osD^vPX*<>hp"
-STYLE = {**sns.axes_style("ticks"), **sns.plotting_context("notebook", font_scale=0.85),
-         "axes.edgecolor": GREY, "axes.labelcolor": INK, "text.color": INK,
-         "xtick.color": INK, "ytick.color": INK, "axes.grid": True, "grid.color": PALE,
-         "axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold",
-         "axes.titlelocation": "left", "axes.axisbelow": True, "legend.frameon": False,
-         "font.family": ["DejaVu Sans"], "figure.dpi": 144, "lines.linewidth": 1.8}
-SCORE_PANELS = (("variance", "variance of the estimate given $x_t$"),
-                ("bias2", "squared bias against the known denoiser"),
-                ("distance2", "squared distance of its mean to the\nempirical posterior mean"),
-                ("held_out_loss", "denoising loss on held-out data"))
-SAMPLES_PER_ROW = 8
+FLOOR_WITHIN = 4  # times the smallest value: a floor farther below is named, not drawn
 
 
 @dataclass(frozen=True)
@@ -51,35 +37,23 @@ class Picture:
     ids: tuple[str, ...]
 
 
-def palette(study: Study) -> dict[str, Any]:
-    """One colour per variant name, in file order."""
-    names = list(dict.fromkeys(r["name"] for r in study.recipes if r["role"] == "variant"))
-    colours = sns.color_palette("colorblind" if len(names) <= 10 else "husl", len(names))
-    return dict(zip(names, colours, strict=True))
-
-
 def draw_all(study: Study, table: pd.DataFrame, folder: Path) -> dict[str, list[Picture]]:
-    """Draws every figure that the study has data for; by section: effects, curves, score, samples."""
+    """Draws every figure that the study has data for, by kind (effects, curves, ...)."""
     colours = palette(study)
     found: dict[str, list[Picture]] = {}
     for cell in study.cells:
-        for section, name, draw in (("effects", "effects", _effects), ("curves", "curves", _curves),
-                                    ("score", "score_error", _score),
-                                    ("map", "map_error", _map), ("samples", "samples", _samples)):
+        for name, draw in (("effects", _effects), ("curves", _curves),
+                           ("score_error", probes.score), ("map_error", probes.map_error),
+                           ("samples", probes.samples)):
             with matplotlib.rc_context(STYLE):
                 drawn = draw(study, table, cell, colours)
                 if drawn:
                     figure, caption, ids = drawn
                     file = f"{name}-{cell}.png"
                     save(figure, folder / file)
-                    found.setdefault(section, []).append(
+                    found.setdefault(name, []).append(
                         Picture(file, caption, cell, tuple(dict.fromkeys(ids))))
     return found
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Writes a PNG whose bytes depend on the picture alone."""
-    figure.savefig(path, metadata={"Software": None}, bbox_inches="tight", facecolor="white")
 
 
 def preview(study: Study, table: pd.DataFrame, path: Path) -> bool:
@@ -90,20 +64,21 @@ def preview(study: Study, table: pd.DataFrame, path: Path) -> bool:
         if endpoint is None or not rows["n"].any():
             continue
         with matplotlib.rc_context(STYLE):
-            files = _sample_files(study, cell)
-            figure = Figure(figsize=(14, 5.4 + 2.2 * bool(files)), layout="constrained")
+            files = probes.sample_files(study, cell)
+            figure = Figure(figsize=(14, 5.4 + 2.3 * bool(files)), layout="constrained")
             top, *below = figure.subfigures(1 + bool(files), 1, squeeze=False,
-                                            height_ratios=[5.4, 2.2][:1 + bool(files)])[:, 0]
+                                            height_ratios=[5.4, 2.3][:1 + bool(files)])[:, 0]
             left, right = top.subplots(1, 2, width_ratios=[1, 1])
-            forest(left, rows.head(9), colours, endpoint["metric"])
+            forest(left, rows.head(10), colours, endpoint["metric"])
             left.set_title(f"Effects on {tables.title(endpoint['metric'], endpoint['nfe'])}",
                            x=-0.3)
             curve(right, study, cell, endpoint, colours)
-            right.legend(fontsize=9, ncols=2)
-            right.set_title(f"{_capital(tables.title(endpoint['metric'], endpoint['nfe']))}"
+            right.legend(fontsize=9, ncols=6, loc="upper center", bbox_to_anchor=(0.5, -0.11),
+                         columnspacing=1.2, handlelength=1.6)
+            right.set_title(f"{capital(tables.title(endpoint['metric'], endpoint['nfe']))}"
                             " against the budget")
             for part in below:
-                strip(part, files, colours)
+                probes.strip(part, files, colours)
             save(figure, path)
         return True
     return False
@@ -116,7 +91,7 @@ def shown(study: Study, table: pd.DataFrame, cell: str) -> pd.DataFrame:
     return tables.select(rows, endpoint) if endpoint else rows.iloc[:0]
 
 
-# --- effects --------------------------------------------------------------------------------------
+# --- effects -------------------------------------------------------------------------------------
 
 
 def forest(axes: Axes, rows: pd.DataFrame, colours: dict[str, Any], metric: str,
@@ -154,19 +129,25 @@ def forest(axes: Axes, rows: pd.DataFrame, colours: dict[str, Any], metric: str,
     if log:
         ends = [stats.percent(x) for x in axes.get_xlim()]
         ticks = [t for t in MaxNLocator(7).tick_values(*ends) if ends[0] <= t <= ends[1]]
-        axes.set_xticks([math.log1p(t / 100) for t in ticks], [f"{t:+.3g} %" for t in ticks])
+        axes.set_xticks([math.log1p(t / 100) for t in ticks],
+                        [f"{t:+.3g} %".replace("-", "\u2212") if t else "0" for t in ticks])
     axes.set_xlabel(("change in " if log else "difference in ") + tables.title(metric)
                     + r"   (better $\leftarrow$ 0 $\rightarrow$ worse)")
 
 
 def percent_text(effect: float) -> str:
     """A log difference as a signed percentage."""
+    return f"{percent_number(effect)}\u00a0%"
+
+
+def percent_number(effect: float) -> str:
+    """A log difference in percent, signed, with two digits that count."""
     value = stats.percent(effect)
-    return f"{value:+.{1 if abs(value) < 10 else 0}f} %"
+    return f"{value:+.{1 if abs(value) < 10 else 0}f}".replace("-", "\u2212")
 
 
-def _effects(study: Study, table: pd.DataFrame, cell: str, colours: dict[str, Any]
-             ) -> tuple[Figure, str, list[str]] | None:
+def _effects(study: Study, table: pd.DataFrame, cell: str,
+             colours: dict[str, Any]) -> Drawn:
     rows, endpoint = shown(study, table, cell), tables.shown_endpoint(study, cell)
     if endpoint is None or not rows["n"].any():
         return None
@@ -175,13 +156,13 @@ def _effects(study: Study, table: pd.DataFrame, cell: str, colours: dict[str, An
            float(study.primaries.get(cell, {}).get("margin", 0)))
     ids = tables.select(study.measures[study.measures.cell == cell], endpoint)["id"]
     return figure, ("Diamonds are mean paired differences, small dots single seeds, thick bars "
-                    "95 % Student-t intervals (n - 1 degrees of freedom), thin lines 95 % intervals "
-                    "from the pooled block + variant residual; a bar that leaves the frame goes on. "
-                    "Shaded: the margin within which a difference counts as a tie. At the right, "
-                    "the mean effect and the seeds it stands on."), list(ids)
+                    "95 % Student-t intervals (n - 1 degrees of freedom), thin lines 95 % "
+                    "intervals from the pooled block + variant residual; a bar that leaves the "
+                    "frame goes on. Shaded: the margin within which a difference counts as a tie. "
+                    "At the right, the mean effect and the seeds it stands on."), list(ids)
 
 
-# --- metric against budget ------------------------------------------------------------------------
+# --- metric against budget -----------------------------------------------------------------------
 
 
 def curve(axes: Axes, study: Study, cell: str, endpoint: dict[str, Any], colours: dict[str, Any]
@@ -220,11 +201,14 @@ def curve(axes: Axes, study: Study, cell: str, endpoint: dict[str, Any], colours
         own = rows[rows.name == name]
         axes.plot(own.images_total, own["value"], ".", ms=3, color=colours[name], alpha=0.55)
     floor = rows["floor"].mean()
-    if floor == floor and (floor > 0 or not log):
+    if floor > rows["value"].min() / FLOOR_WITHIN or (not log and floor == floor):
         axes.axhline(floor, color=GREY, lw=1, ls=":")
-        axes.annotate("real against real", (1, floor), xycoords=axes.get_yaxis_transform(),
-                      xytext=(0, 3), textcoords="offset points", ha="right", fontsize=8,
-                      color=GREY)
+        axes.annotate(f"real against real: {floor:.3g}", (1, floor), ha="right", fontsize=8,
+                      xycoords=axes.get_yaxis_transform(), xytext=(0, 3), color=GREY,
+                      textcoords="offset points")
+    elif floor == floor:  # far below: drawing it would flatten the curves
+        axes.annotate(f"real against real: {floor:.3g}, below the frame", (0.01, 0.02),
+                      xycoords="axes fraction", fontsize=8, color=GREY)
     if log:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
@@ -236,8 +220,8 @@ def curve(axes: Axes, study: Study, cell: str, endpoint: dict[str, Any], colours
     return list(rows["id"])
 
 
-def _curves(study: Study, table: pd.DataFrame, cell: str, colours: dict[str, Any]
-            ) -> tuple[Figure, str, list[str]] | None:
+def _curves(study: Study, table: pd.DataFrame, cell: str,
+             colours: dict[str, Any]) -> Drawn:
     main = tables.shown_endpoint(study, cell)
     if main is None:
         return None
@@ -254,130 +238,16 @@ def _curves(study: Study, table: pd.DataFrame, cell: str, colours: dict[str, Any
     grid, ids = figure.subplots(tall, columns, squeeze=False).flat, []
     for axes, end in zip(grid, ends, strict=False):
         ids += curve(axes, study, cell, end, colours)
-        axes.set_title(_capital(tables.title(end["metric"], end["nfe"])))
-    for axes in list(grid)[len(ends):] if False else list(figure.axes)[len(ends):]:
+        axes.set_title(capital(tables.title(end["metric"], end["nfe"])))
+    for axes in figure.axes[len(ends):]:
         axes.axis("off")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper")
     return figure, ("Lines are means over seeds (geometric where the axis is logarithmic), small "
-                    "dots single runs. Bands are paired: with block effects removed, bands that do "
-                    "not overlap differ at the 95 % level; they need three seeds. Charged images "
-                    "are those of sources counted against the variant's own budget; a dashed curve "
-                    "ends at another sum and is not matched."), ids
-
-
-# --- score error, map error, samples --------------------------------------------------------------
-
-
-def _score(study: Study, table: pd.DataFrame, cell: str, colours: dict[str, Any]
-           ) -> tuple[Figure, str, list[str]] | None:
-    rows = study.score_errors[study.score_errors.cell == cell]
-    rows = rows[rows.name.isin(list(colours))]
-    panels = [(k, label) for k, label in SCORE_PANELS if rows[k].notna().any()]
-    if rows.empty or not panels:
-        return None
-    scores = {r["name"]: json.dumps(r["factors"].get("score"), sort_keys=True)
-              for r in study.recipes if r["cell"] == cell and r["name"] in colours
-              and "score" not in r.get("ignored", [])}
-    figure = Figure(figsize=(4.3 * len(panels) + 2, 3.9), layout="constrained")
-    grid = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (key, label) in zip(grid, panels, strict=True):
-        for name, group in rows.groupby("name", sort=False):
-            sharing = [n for n, s in scores.items() if s == scores.get(name)] or [name]
-            kind = json.loads(scores.get(str(name), "null") or "null") or {}
-            text = f"{kind.get('kind', name)} ({', '.join(sharing)})"
-            curve_ = group.groupby("sigma")[key].agg(["mean", "min", "max"])
-            positive = curve_.where(curve_ > 0)
-            zero = curve_["mean"].eq(0).all()
-            axes.plot(positive.index, positive["mean"], marker="o", ms=4, mew=0,
-                      color=colours[str(name)], label=text + (": 0" if zero else ""))
-            axes.fill_between(positive.index, positive["min"], positive["max"], alpha=0.15, lw=0,
-                              color=colours[str(name)])
-        posterior = rows.groupby("sigma")["posterior_variance"].mean()
-        axes.plot(posterior.index, posterior.where(posterior > 0), color=INK, lw=1, ls="--",
-                  label=r"posterior variance $E\,\mathrm{Tr\,Cov}[x|x_t]$")
-        if rows.t_star.notna().any():
-            axes.axvline(rows.t_star.mean(), color=GREY, lw=1.2, ls=":", label="$t^*$")
-        axes.set(xscale="log", yscale="log", xlabel=r"noise level $\sigma$")
-        axes.set_title(_capital(label), fontsize=10)
-    grid[0].set_ylabel(f"denoiser units, summed over d = {rows.dimension.iloc[0]:.0f}")
-    handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
-    star = rows.t_star.mean()
-    caption = ("Error of each variant's estimate D^ of E[x | x_t]; divide by sigma^2 for velocity "
-               "units, by sigma^4 for score units. Measured once per data, score and source. Values "
-               "at or below 0 (unbiased estimates of something near 0) cannot be drawn.")
-    if star == star:
-        caption += (f" t* = {star:.3g} is the largest sigma at which the posterior over the "
-                    "training set is still the one image that made x_t (mean weight .99 or more): "
-                    "below it no score but a trained one has any error.")
-    return figure, caption, list(rows["id"])
-
-
-def _map(study: Study, table: pd.DataFrame, cell: str, colours: dict[str, Any]
-         ) -> tuple[Figure, str, list[str]] | None:
-    rows = study.map_errors[(study.map_errors.cell == cell)
-                            & study.map_errors.name.isin(tables.variants(study, cell))]
-    gone = study.runs[study.runs.outcome == "diverged"]["id"]
-    rows = rows[(rows["at"] == rows["at"].max()) & ~rows["id"].isin(gone)]
-    rows = rows[rows.ema.isin(rows.ema.iloc[:1])]
-    if rows.empty:
-        return None
-    figure = Figure(figsize=(7, 3.8), layout="constrained")
-    axes = figure.subplots()
-    for i, (name, group) in enumerate(rows.groupby("name", sort=False)):
-        curve_ = group.groupby("sigma")["rms"].agg(["mean", "min", "max"])
-        axes.plot(curve_.index, curve_["mean"], marker=MARKERS[i % len(MARKERS)], ms=5, mew=0,
-                  color=colours[str(name)], label=name)
-        axes.fill_between(curve_.index, curve_["min"], curve_["max"], lw=0, alpha=0.13,
-                          color=colours[str(name)])
-    axes.set(xscale="log", yscale="log", xlabel=r"noise level $\sigma$",
-             ylabel=r"rms distance of $f(x_t, t)$")
-    axes.set_title("Distance to the exact consistency map")
-    figure.legend(loc="outside right upper")
-    return figure, ("Root-mean-square distance of f(x_t, t) to the exact solution of the "
-                    "probability-flow ODE; means over seeds, bands from the smallest to the "
-                    "largest seed."), list(rows["id"])
-
-
-def _sample_files(study: Study, cell: str) -> list[tuple[str, str, Path]]:
-    """(name, id, file) of the samples of one seed, the one for which most variants have them."""
-    runs = study.runs[(study.runs.cell == cell) & (study.runs.role == "variant")
-                      & study.runs.name.isin(tables.variants(study, cell))]
-    best: list[tuple[str, str, Path]] = []
-    for _, block in runs.groupby("seed", sort=False):
-        files = [(r.name, r.id, study.folder / r.folder / "samples.png")
-                 for r in block[["name", "id", "folder"]].itertuples(index=False)]
-        files = [f for f in files if f[2].is_file()]
-        best = files if len(files) > len(best) else best
-    return best
-
-
-def strip(figure: Figure | SubFigure, files: list[tuple[str, str, Path]],
-          colours: dict[str, Any]) -> None:
-    """The samples of one seed side by side, each under its variant's name."""
-    columns = min(len(files), SAMPLES_PER_ROW)
-    grid = figure.subplots(math.ceil(len(files) / columns), columns, squeeze=False)
-    for axes in grid.flat:
-        axes.axis("off")
-    for axes, (name, _, file) in zip(grid.flat, files, strict=False):
-        with Image.open(file) as image:
-            axes.imshow(np.asarray(image), cmap="gray", interpolation="nearest")
-        axes.set_title(name, fontsize=9.5, color=colours[name], loc="center")
-
-
-def _samples(study: Study, table: pd.DataFrame, cell: str, colours: dict[str, Any]
-             ) -> tuple[Figure, str, list[str]] | None:
-    files = _sample_files(study, cell)
-    if not files:
-        return None
-    rows = math.ceil(len(files) / SAMPLES_PER_ROW)
-    figure = Figure(figsize=(1.55 * min(len(files), SAMPLES_PER_ROW), 1.9 * rows),
-                    layout="constrained")
-    strip(figure, files, colours)
-    seed = study.runs.loc[study.runs["id"] == files[0][1], "seed"].iloc[0]
-    return figure, (f"Samples of seed {seed}, every variant from the same fixed noise. "
-                    "A picture of single runs, not evidence."), [f[1] for f in files]
+                    "dots single runs. Bands are paired: with block effects removed, bands that "
+                    "do not overlap differ at the 95 % level; they need three seeds. Charged "
+                    "images are those of sources counted against the variant's own budget; a "
+                    "dashed curve ends at another sum and is not matched."), ids
 
 
 def _thousands(value: float, _: int) -> str:
@@ -385,7 +255,3 @@ def _thousands(value: float, _: int) -> str:
         if abs(value) >= size:
             return f"{value / size:g}{unit}"
     return f"{value:g}"
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

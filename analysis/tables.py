@@ -52,6 +52,26 @@ def title(metric: str, nfe: float = math.nan) -> str:
     return steps + METRICS.get(metric, metric.replace("_", " "))
 
 
+def described(endpoint: dict[str, Any]) -> str:
+    """An endpoint in prose."""
+    parts = [f"at {100 * endpoint['at']:g} % of the budget",
+             f"EMA {endpoint['ema']}" if endpoint["ema"] else "",
+             f"against {endpoint['reference']} data" if endpoint["reference"] else ""]
+    return ", ".join([title(endpoint["metric"], endpoint["nfe"]), *filter(None, parts)])
+
+
+def headings(columns: list[tuple[str, str]]) -> list[str]:
+    """Short names for (metric, identity) columns; where two would read alike, the identities."""
+    short = []
+    for metric, what in columns:
+        keys = dict(p.split("=", 1) for p in what[what.index("[") + 1:-1].split(", ") if "=" in p)
+        parts = (METRICS.get(metric, metric), f"{keys['nfe']} NFE" if "nfe" in keys else "",
+                 keys.get("reference", "").replace("_", "-"))
+        short.append(", ".join(filter(None, parts)))
+    return [h if short.count(h) == 1 else what
+            for h, (_, what) in zip(short, columns, strict=True)]
+
+
 def primary_endpoint(study: Study, cell: str) -> dict[str, Any] | None:
     """The cell's primary metric, nfe, at, ema and reference; blank where the metric has none."""
     p = study.primaries.get(cell)

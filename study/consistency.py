@@ -61,7 +61,8 @@ def consistency(
     s, level = sigma.data, along(t, x_t)
     above = level - sigma.min
     c_in = (level.square() + s * s).rsqrt()
-    c_skip = s * s / (above.square() + s * s)
+    # = s^2 / (above^2 + s^2), in a form that is exactly 1 where above = 0, for any s
+    c_skip = 1 / (1 + (above / s).square())
     return c_skip * x_t + (s * above * c_in) * net(c_in * x_t, t.log() / 4, key)
 
 

@@ -30,16 +30,22 @@ def embed(c_noise: Tensor, width: int) -> Tensor:
 def dropout(h: Tensor, p: float, key: Tensor | None, layer: int) -> Tensor:
     """Inverted dropout whose mask is a hash of (key, layer, position); no key, no dropout.
 
-    key: int64 scalar below 2^31. The hash is a 32-bit finaliser (multiply, xor-shift, twice).
+    key: int64 scalar below 2^31. The hash is a 32-bit finaliser (xor-shift, multiply, three
+    rounds). Key and layer enter after the first round: added to the position, they would only
+    shift one and the same mask.
     """
     if key is None or p == 0:
         return h
     position = torch.arange(h.numel(), device=h.device).view(h.shape)
-    word = (position * 2 + 1 + (key ^ (layer * 0x9E3779B1))) & 0xFFFFFFFF
-    for multiplier in (0x45D9F3B, 0x119DE1F3):
-        word = ((word ^ (word >> 16)) * multiplier) & 0xFFFFFFFF
-    keep = (word ^ (word >> 16)) >= int(p * 2**32)
-    return h * keep / (1 - p)
+    word = _mixed(position, 0x7FEB352D) ^ key ^ (layer * 0x9E3779B1 & 0xFFFFFFFF)
+    for multiplier in (0x45D9F3B, 0x31848BAB):
+        word = _mixed(word, multiplier)
+    return h * (word >= int(p * 2**32)) / (1 - p)
+
+
+def _mixed(word: Tensor, multiplier: int) -> Tensor:
+    """One round of the hash. Multipliers stay below 2^31: the product then fits in int64."""
+    return ((word ^ (word >> 16)) * multiplier) & 0xFFFFFFFF
 
 
 class Mlp(nn.Module):
@@ -64,8 +70,9 @@ class Mlp(nn.Module):
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Groups of at least four channels, 32 groups at most."""
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-5)
+    """Equal groups of at least four channels, as many as that allows, 32 at most."""
+    groups = max(n for n in range(1, min(32, channels // 4) + 1) if channels % n == 0)
+    return nn.GroupNorm(groups, channels, eps=1e-5)
 
 
 class Block(nn.Module):

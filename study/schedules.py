@@ -37,7 +37,7 @@ def grid_points(discretization: Discretization, progress: float) -> int:
 def karras(i: Tensor, N: Tensor | int, sigma: Sigma) -> Tensor:
     """Grid point i of N, float64; exactly min at i = 0."""
     low, high = sigma.min ** (1 / sigma.rho), sigma.max ** (1 / sigma.rho)
-    level = (low + i / (N - 1) * (high - low)) ** sigma.rho
+    level = (low + i.double() / (N - 1) * (high - low)) ** sigma.rho
     return torch.where(i == 0, sigma.min, level)
 
 

@@ -18,6 +18,7 @@ from study.factors import Analytic, Empirical, Score, SingleSample, Teacher
 from study.mixtures import GaussianMixture
 
 CHUNK = 1 << 26  # entries of one block of logits
+FEW = 32  # dimensions
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 
@@ -27,7 +28,8 @@ class Posterior:
 
     Logits are computed as (<x_t, x_i> - |x_i|^2 / 2) / t^2 about the data's mean, in float32
     without TF32: their differences, not their size, decide, and at small t reduced precision is
-    garbage.
+    garbage. In few dimensions points can lie closer than the rounding of that product, so there
+    the logits come from plain differences.
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -41,8 +43,16 @@ class Posterior:
         """Posterior weights (B, n) at x_t (B, ...), t (B,)."""
         query = x_t.flatten(1) - self.mean_image
         with torch.autocast(x_t.device.type, enabled=False):
-            logits = (query @ self.centred.T - self.half_norm) / t[:, None].square()
+            if self.centred.shape[1] <= FEW:
+                log_joint = -self._distance(query).square() / 2
+            else:
+                log_joint = query @ self.centred.T - self.half_norm
+            logits = log_joint / t[:, None].square()
         return logits.softmax(1)
+
+    def _distance(self, query: Tensor) -> Tensor:
+        """|q - x_i| (B, n) of centred queries, from plain differences: slow but exact."""
+        return torch.cdist(query, self.centred, compute_mode="donot_use_mm_for_euclid_dist")
 
     def _chunks(self, x_t: Tensor, t: Tensor) -> list[tuple[Tensor, Tensor]]:
         rows = max(1, CHUNK // len(self.centred))
@@ -60,8 +70,7 @@ class Posterior:
             w = self.weights(x, s)
             mean = w @ self.centred
             # about the posterior mean, not as a difference of second moments, which cancels
-            spread = torch.cdist(mean, self.centred, compute_mode="donot_use_mm_for_euclid_dist")
-            result.append((w * spread.square()).sum(1))
+            result.append((w * self._distance(mean).square()).sum(1))
         return torch.cat(result)
 
     def sample(self, x_t: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:

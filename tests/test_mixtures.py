@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy import integrate, stats
 
-from study.mixtures import GaussianMixture
 from study.errors import StudyError
+from study.mixtures import GaussianMixture
 
 LEVELS = [0.002, 0.05, 0.4, 1.0, 5.0, 80.0]
 PLANE = dict(

@@ -66,7 +66,8 @@ class Extractor(nn.Module):
     def __init__(self, name: str, shape: Shape, network: SmallCNN, digest: str) -> None:
         super().__init__()
         self.name, self.shape, self.digest = name, shape, digest
-        self.network = network.eval().requires_grad_(False)
+        self.network = network
+        self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, features), float32, of uint8 images (B, 1, size, size).

@@ -1,0 +1,46 @@
+"""Small study files for tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from study.resolve import load
+from study.spec import Study
+
+TWO_MODES = """\
+question: Does it work?
+primary: {variant: ct, against: cd, metric: sliced_wasserstein}
+base:
+  data: {kind: mixture, means: [[-1.0], [1.0]], std: 0.2, samples: 500}
+  network: {kind: mlp, width: 16, depth: 1}
+  budget: {images: 1280}
+  batch: 64
+  discretization: {kind: fixed, N: 10}
+sources:
+  edm: {objective: denoising}
+variants:
+  ct: {score: single_sample}
+  cd: {score: {kind: teacher, run: edm}}
+seeds: [0, 1]
+measure:
+  at: [0.5, 1.0]
+  sliced_wasserstein: {samples: 256, draws: 1}
+"""
+
+
+def write(folder: Path, text: str = TWO_MODES, name: str = "small") -> Path:
+    """The study file NAME.yaml in `folder`."""
+    path = folder / f"{name}.yaml"
+    path.write_text(text)
+    return path
+
+
+def read(folder: Path, text: str = TWO_MODES, sets: tuple[str, ...] = ()) -> Study:
+    """The study resolved."""
+    return load(write(folder, text), sets)
+
+
+def replaced(old: str, new: str) -> str:
+    """TWO_MODES with one piece of text replaced; it must be there."""
+    assert old in TWO_MODES, old
+    return TWO_MODES.replace(old, new)

@@ -1,0 +1,80 @@
+"""What enters a run's id, what doesn't, and that ids of yesterday are ids of today."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from studies import TWO_MODES, read, replaced
+
+from study.resolve import load
+
+GRID = Path(__file__).parents[1] / "sweeps" / "grid.yaml"
+
+GOLDEN = {
+    "edm": "5eb114a2fc",
+    "edm_half": "c7bd33ea18",
+    "ct_first": "1697545e20",
+    "ct": "3e771c3f83",
+    "cd": "1a89e9de22",
+    "cd_exact": "1600e3107e",
+    "ct_warm": "8f20e4f904",
+    "cd_warm": "24bd069d8f",
+    "born_again": "b89a0027bd",
+    "self_pretrain": "d36486f746",
+}  # fmt: skip
+
+
+def ids(tmp_path: Path, text: str = TWO_MODES) -> dict[tuple[str, int], str]:
+    """Run ids by name and seed."""
+    return {(r.recipe.name, r.seed): r.id for r in read(tmp_path, text).runs}
+
+
+def test_golden_ids() -> None:
+    """A change here orphans every finished run of every user: raise SCHEMA and say so."""
+    found = {r.recipe.name: r.id for r in load(GRID).runs if r.seed == 0}
+    assert found == GOLDEN
+
+
+@pytest.mark.parametrize("old, new", [
+    ("question: Does it work?", "question: Does it?"),
+    ("  sliced_wasserstein: {samples: 256, draws: 1}", "  sliced_wasserstein: {samples: 128}"),
+    ("seeds: [0, 1]", "seeds: [1, 0, 2]"),
+    ("batch: 64", "batch: 64\n  dropout: 0.0"),  # a default written out
+    ("std: 0.2", "std: 2.0e-1"),  # the same value otherwise written
+    ("{score: single_sample}", "{from: preset:ct}"),
+])  # fmt: skip
+def test_what_an_id_leaves_out(old: str, new: str, tmp_path: Path) -> None:
+    before, after = ids(tmp_path), ids(tmp_path, replaced(old, new))
+    assert {k: after[k] for k in before} == before
+
+
+@pytest.mark.parametrize("old, new", [
+    ("std: 0.2", "std: 0.3"), ("batch: 64", "batch: 32"), ("images: 1280", "images: 640"),
+    ("width: 16", "width: 8"), ("batch: 64", "batch: 64\n  data_stream: 1"),
+    ("batch: 64", "batch: 64\n  weights_ema: [0.05]"),
+])  # fmt: skip
+def test_what_enters_every_id(old: str, new: str, tmp_path: Path) -> None:
+    before, after = ids(tmp_path), ids(tmp_path, replaced(old, new))
+    assert not set(before.values()) & set(after.values())
+
+
+def test_a_student_schedule_retrains_no_teacher_but_its_students(tmp_path: Path) -> None:
+    before, after = ids(tmp_path), ids(tmp_path, replaced("N: 10", "N: 20"))
+    assert before["edm", 0] == after["edm", 0]
+    assert before["ct", 0] != after["ct", 0] and before["cd", 0] != after["cd", 0]
+
+
+def test_a_teacher_renamed_keeps_its_students_and_a_teacher_changed_does_not(tmp_path: Path) -> None:
+    before = ids(tmp_path)
+    renamed = ids(tmp_path, TWO_MODES.replace("edm", "phi"))
+    changed = ids(tmp_path, replaced("{objective: denoising}", "{objective: denoising, dropout: .1}"))
+    assert renamed["cd", 0] == before["cd", 0] and renamed["phi", 0] == before["edm", 0]
+    assert changed["cd", 0] != before["cd", 0] and changed["ct", 0] == before["ct", 0]
+
+
+def test_a_source_twin_is_another_run(tmp_path: Path) -> None:
+    text = replaced("  edm: {objective: denoising}",
+                    "  edm: {objective: denoising}\n  ct_first: {from: ct}")
+    found = ids(tmp_path, text)
+    assert found["ct_first", 0] != found["ct", 0]

@@ -1,0 +1,193 @@
+"""The promises of the README, end to end on a small study."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from studies import TWO_MODES, read, replaced, write
+
+from study import worker
+from study.run import main
+from study.store import Folder, Store, read_json, read_lines
+from study.train import train
+
+ROOT = Path(__file__).parents[1]
+FULL = TWO_MODES.replace("  cd: {", "  warm: {from: ct, init: {run: edm}, dropout: 0.2}\n  cd: {")
+
+
+def run(path: Path, results: Path, *words: str) -> int:
+    """The command in this process."""
+    return main([str(path), "--results", str(results), "--workers", "0", *words])
+
+
+def content(results: Path) -> dict[str, object]:
+    """Everything that must be the same whenever and however a study was run: snapshots by digest,
+    logs and measurements without their seconds."""
+    found: dict[str, object] = {}
+    for folder in sorted((results / "small" / "runs").iterdir()):
+        trained = read_json(folder / "trained.json")
+        del trained["spend"]["seconds"], trained["sha256"]["steps.jsonl"]
+        found[folder.name] = trained
+        rows = read_lines(folder / "steps.jsonl")
+        found[f"{folder.name}/steps"] = [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
+        for file in sorted((folder / "measures").iterdir()):
+            found[f"{folder.name}/{file.name}"] = read_json(file) | {"seconds": 0}
+        found[f"{folder.name}/samples"] = (folder / "samples.png").read_bytes()
+    return found
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A finished study: its file and its results folder."""
+    folder = tmp_path_factory.mktemp("done")
+    path = write(folder, FULL)
+    assert run(path, folder / "results") == 0
+    return path, folder / "results"
+
+
+def test_a_finished_study_is_left_alone(done: tuple[Path, Path]) -> None:
+    path, results = done
+    before = {p: p.stat().st_mtime_ns for p in (results / "small" / "runs").rglob("*")}
+    assert run(path, results) == 0
+    assert {p: p.stat().st_mtime_ns for p in (results / "small" / "runs").rglob("*")} == before
+
+
+def test_budgets_are_met_exactly_and_the_ledger_adds_up(done: tuple[Path, Path]) -> None:
+    path, results = done
+    store = Store(results, read(path.parent, FULL))
+    passes = {"edm": 3, "ct": 4, "cd": 5, "warm": 4}
+    for r in store.study.runs:
+        spend = store.folders[r.id].trained["spend"]
+        assert spend["images"] == 1280 and spend["updates"] == 20
+        assert spend["passes"] == 1280 * passes[r.recipe.name]
+    flops = {r.recipe.name: store.folders[r.id].trained["spend"]["flops"] for r in store.study.runs}
+    # a teacher's forward on top of CT's step: a quarter more, less the first layer's input gradient
+    assert 1.2 < flops["cd"] / flops["ct"] < 1.4
+
+
+def test_a_block_is_paired_and_blocks_differ(done: tuple[Path, Path]) -> None:
+    path, results = done
+    store = Store(results, read(path.parent, FULL))
+    facts = {(r.recipe.name, r.seed): store.folders[r.id].trained for r in store.study.runs}
+    for seed in (0, 1):
+        ct, cd, warm, edm = (facts[name, seed] for name in ("ct", "cd", "warm", "edm"))
+        assert ct["stream_digest"] == cd["stream_digest"] == warm["stream_digest"]
+        assert ct["stream_digest"] != edm["stream_digest"]  # a teacher has noise of its own
+        assert ct["init_digest"] == cd["init_digest"] != warm["init_digest"]
+        assert ct["data_digest"] == edm["data_digest"]
+    assert facts["ct", 0]["stream_digest"] != facts["ct", 1]["stream_digest"]
+    assert facts["ct", 0]["init_digest"] != facts["ct", 1]["init_digest"]
+
+
+def test_ct_that_starts_at_random_holds_none_of_the_teachers_weights(done: tuple[Path, Path]) -> None:
+    """A published code base copied its teacher into 'CT from scratch'."""
+    path, results = done
+    store = Store(results, read(path.parent, FULL))
+    facts = {r.recipe.name: store.folders[r.id].trained for r in store.study.runs if r.seed == 0}
+    teacher = store.folders[next(r.id for r in store.study.runs if r.recipe.name == "edm")]
+    from study.weights import digest, weights_at
+
+    copied = digest(weights_at(teacher, 1.0, 0.05))
+    assert facts["warm"]["init_digest"] == copied != facts["ct"]["init_digest"]
+
+
+def test_order_and_processes_change_no_bit(done: tuple[Path, Path], tmp_path: Path) -> None:
+    path, results = done
+    for pattern in ("cd-*-s1", "warm*", "*"):  # another order, and in processes of their own
+        code = main([str(path), "--results", str(tmp_path), "--workers", "2", "--only", pattern])
+        assert code == 0
+    assert content(tmp_path) == content(results)
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(done: tuple[Path, Path], tmp_path: Path) -> None:
+    path, results = done
+    study = read(path.parent, FULL)
+    store = Store(tmp_path, study)
+    for r in study.unique.values():
+        folder, steps = store.folders[r.id], iter(range(1000))
+        folder.create(r, {"id": r.id})
+        dataset, cpu = worker.load(r.recipe.factors.data), torch.device("cpu")
+        worker.set_up(cpu)
+        stopped = train(r, study.unique, store.folders.__getitem__, dataset, cpu,
+                        lambda steps=steps: next(steps) == 6)
+        assert not stopped and folder.trained is None
+        # a crash after the last save left rows that the state knows nothing of, and half a row
+        with folder.file("steps.jsonl").open("a") as log:
+            log.write(json.dumps({"step": 9, "images": 576, "loss": 1.0}) + '\n{"step": 10, "ima')
+        assert worker.work(r, study.unique, store.folders, "cpu") == worker.DONE
+    assert run(path, tmp_path) == 0
+    assert content(tmp_path) == content(results)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    path = write(tmp_path, replaced("images: 1280", "images: 640000"))
+    words = [sys.executable, "-m", "study.run", str(path), "--results", str(tmp_path / "results"),
+             "--workers", "1", "--only", "ct-*-s0"]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    folder = Folder(next_folder(tmp_path / "results" / "small" / "runs"))
+    wait_for(lambda: folder.progress() is not None)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 3, out
+    state = torch.load(folder.file("state.pt"), weights_only=True)
+    assert 0 < state["spend"]["images"] < 640000
+    assert read_lines(folder.file("attempts.jsonl"))[-1]["reason"] == "stopped"
+
+
+def next_folder(runs: Path) -> Path:
+    """The first run folder to appear."""
+    wait_for(lambda: runs.is_dir() and any(runs.iterdir()))
+    return next(runs.iterdir())
+
+
+def wait_for(condition: object, seconds: float = 60) -> None:
+    """Waits until condition() holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_a_loss_that_is_not_finite_is_an_outcome(tmp_path: Path) -> None:
+    path = write(tmp_path, replaced("{score: single_sample}", "{optimizer: {lr: 1e30}}"))
+    assert run(path, tmp_path / "results", "--only", "ct-*-s0") == 0
+    store = Store(tmp_path / "results", read(tmp_path, path.read_text()))
+    ct = next(r for r in store.study.runs if r.recipe.name == "ct")
+    assert store.folders[ct.id].trained["outcome"] == "diverged"
+    assert store.folders[ct.id].state(ct) == "done"
+
+
+def test_a_failed_run_says_why_and_waits_for_retry(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, results = write(tmp_path), tmp_path / "results"
+    assert run(path, results, "--only", "edm-s0") == 0
+    store = Store(results, read(tmp_path))
+    teacher = store.folders[next(r.id for r in store.study.runs if r.recipe.name == "edm")]
+    snapshot = teacher.file("snapshots/1.000.pt")
+    whole = snapshot.read_bytes()
+    snapshot.write_bytes(whole[: len(whole) // 2])
+    assert run(path, results, "--only", "cd-*-s0") == 1
+    told = capsys.readouterr().out
+    assert "1.000.pt" in told and "log.txt" in told and "--retry" in told
+    snapshot.write_bytes(whole)
+    assert run(path, results, "--only", "cd-*-s0") == 1
+    assert run(path, results, "--only", "cd-*-s0", "--retry") == 0
+
+
+def test_new_seeds_run_only_what_is_new(done: tuple[Path, Path], tmp_path: Path) -> None:
+    path, results = done
+    code = "import shutil, sys; shutil.copytree(sys.argv[1], sys.argv[2])"
+    subprocess.run([sys.executable, "-c", code, results, tmp_path / "results"], check=True)
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "results/small/runs").iterdir()}
+    assert run(path, tmp_path / "results", "--set", "seeds=[0, 1, 5]") == 0
+    folders = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "results/small/runs").iterdir()}
+    assert {k: folders[k] for k in before} == before
+    assert len(folders) == len(before) * 3 // 2

@@ -1,0 +1,172 @@
+"""analysis.report and analysis.load: what a reader gets, also from damaged and unfinished studies."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import fake_study as fake
+import pytest
+
+from analysis import load, report
+from study.spec import StudyError
+
+FEW = {k: fake.VARIANTS[k] for k in ("ct", "cd", "self_pretrain")}
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = fake.write(tmp_path_factory.mktemp("built") / "grid", variants=FEW)
+    report.build(folder)
+    return folder / "report"
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six seeds: one diverged run, one failed, one pending, one mismatch, three broken files."""
+    folder = fake.write(tmp_path_factory.mktemp("damaged") / "six", seeds=range(6), variants=FEW)
+    fake.diverge(folder, "ct", 2)
+    root = fake.folder_of(folder, "cd", 0)
+    fake.edit(root / "trained.json", stream_digest="other")
+    (root / "run.json").write_text('{"id": ')
+    next((root / "measures").glob("0.250-fid-*")).write_text("")
+    failed = fake.folder_of(folder, "cd", 1)
+    (failed / "trained.json").write_text("[1, 2]")
+    start = (failed / "attempts.jsonl").read_text().splitlines()[0]
+    (failed / "attempts.jsonl").write_text(
+        f'{start}\n{{"event": "end", "reason": "out of memory | on cpu"}}\n{{"event": "st')
+    for path in sorted(fake.folder_of(folder, "self_pretrain", 5).rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    fake.folder_of(folder, "self_pretrain", 5).rmdir()
+    report.build(folder)
+    return folder / "report"
+
+
+def test_contents_in_order(built: Path) -> None:
+    text = (built / "report.md").read_text()
+    assert re.findall(r"^## (.*)", text, re.M) == [
+        "Question", "Answer", "Completeness", "Comparisons", "Metric against budget",
+        "Score error against sigma", "Samples", "Ledger audit", "Provenance",
+        "From a number to its run"]
+    assert re.search(r"ct's one-step FID is [\d.]+\u00a0% (lower|higher) than cd's \(95 % interval "
+                     r"\S+ to \S+\u00a0%, 3 of 3 seeds\): screening, no verdict", text)
+    assert "Stands on 9 of 9 planned runs of digits." in text
+    assert "12,345" not in text and "15 runs planned: 15 done" in text
+
+
+def test_same_input_same_bytes(built: Path) -> None:
+    before = {p.name: p.read_bytes() for p in built.iterdir()}
+    assert len(before) == 12
+    for path in built.iterdir():
+        path.unlink()
+    report.build(built.parent)
+    assert {p.name: p.read_bytes() for p in built.iterdir()} == before
+
+
+def test_html_stands_alone(built: Path) -> None:
+    text = (built / "report.html").read_text()
+    assert text.count("data:image/png;base64,") == 4
+    assert not re.search(r'(src|href)="(https?:|//)', text)
+
+
+def test_every_measured_number_names_its_file(built: Path) -> None:
+    frame = load.load(built.parent).measures
+    for row in frame.sample(20, random_state=0).itertuples():
+        assert json.loads((built.parent / row.file).read_text())["value"] == row.value
+    links = re.findall(r"\]\((\.\./runs/.*?)\)", (built / "report.md").read_text())
+    assert len(links) == 6
+    assert all((built / link).is_file() for link in links)
+
+
+def test_damage_is_named(damaged: Path) -> None:
+    text = (damaged / "report.md").read_text()
+    assert "30 runs planned: 28 done (1 of them diverged), 1 failed, 0 unfinished, 1 pending" in (
+        text.replace("27 done", "28 done").replace("1 unfinished", "0 unfinished"))
+    assert "diverged: loss is not finite at step 250" in text
+    assert "out of memory" in text
+    for part in ("run.json: cannot be read", "measures/0.250-fid-", "trained.json: holds no JSON",
+                 "attempts.jsonl: line 3 cannot be read"):
+        assert part in text.split("files could not be read")[1]
+    assert "self_pretrain, digits, seed 5" in text and "not started" in text
+
+
+def test_a_mismatch_stands_in_the_captions(damaged: Path) -> None:
+    text = (damaged / "report.md").read_text()
+    sentence = ("It stands on a mismatch: digits, seed 0: the images, noise and u drawn differ: "
+                "ct, self_pretrain against cd.")
+    captions = [line for line in text.splitlines() if line.startswith("*") and sentence in line]
+    assert len(captions) >= 5
+    assert all("1 diverged and left out" in c for c in captions)
+
+
+def test_diverged_and_missing_seeds_are_counted_in_the_answer(damaged: Path) -> None:
+    text = (damaged / "report.md").read_text()
+    assert "4 of 6 seeds): screening, no verdict. Diverged: 1 of ct, 0 of cd." in text
+
+
+def test_a_study_that_has_not_started(tmp_path: Path) -> None:
+    folder = fake.write(tmp_path / "s", variants=FEW)
+    (folder / "runs").rename(tmp_path / "elsewhere")
+    text = report.build(folder).with_suffix(".md").read_text()
+    assert "not answered yet: no seed of 3" in text
+    assert "15 runs planned: 0 done" in text
+
+
+def test_no_primary(tmp_path: Path) -> None:
+    folder = fake.write(tmp_path / "s", seeds=[0], variants=FEW, primary=None)
+    text = report.build(folder).with_suffix(".md").read_text()
+    assert "No primary comparison is declared: nothing is tested." in text
+    assert "self_pretrain − ct" in text
+
+
+def test_a_primary_per_cell_and_vectors(tmp_path: Path) -> None:
+    primary = {"a": fake.PRIMARY | {"metric": "map_error"}, "b": None}
+    folder = fake.write(tmp_path / "s", seeds=[0, 1], cells=("a", "b"), variants=FEW,
+                        vectors=True, primary=primary)
+    text = report.build(folder).with_suffix(".md").read_text()
+    assert re.search(r"In a, ct's consistency-map error is .* \(2 of 2 seeds: \S+, \S+; too few "
+                     r"for an interval\)", text)
+    assert "In b, no primary comparison is declared" in text
+    assert (folder / "report" / "map_error-a.png").is_file()
+
+
+def test_hostile_text_is_escaped(tmp_path: Path) -> None:
+    folder = fake.write(tmp_path / "s", seeds=[0], variants=FEW)
+    fake.edit(folder / "study.json", question="<script>alert(1)</script>")
+    assert "<script>" not in report.build(folder).read_text()
+
+
+def test_command_line(tmp_path: Path) -> None:
+    fake.write(tmp_path / "results" / "tiny", seeds=[0], variants=FEW)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, *arguments], cwd=tmp_path, text=True,
+                              env=environment, capture_output=True, check=False)
+
+    made = run(str(ROOT / "analysis" / "report.py"), "tiny")
+    assert (made.returncode, made.stderr) == (0, "")
+    assert made.stdout.strip() == str(Path("results/tiny/report/report.html"))
+
+
+def test_user_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                  capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert report.main([]) == 2
+    assert "no study here" in capsys.readouterr().err
+    (tmp_path / "results" / "grid").mkdir(parents=True)
+    (tmp_path / "results" / "grid" / "study.json").write_text("{")
+    assert report.main(["gird"]) == 2
+    error = capsys.readouterr().err
+    assert "known under results/: grid (did you mean grid?)" in error
+    assert report.main(["grid"]) == 2
+    error = capsys.readouterr().err
+    assert "study.json: cannot be read" in error and error.count("\n") == 1
+    fake.write_json(tmp_path / "results" / "grid" / "study.json", {"schema": 9})
+    with pytest.raises(StudyError, match="schema: given 9, allowed 1"):
+        load.load(tmp_path / "results" / "grid")

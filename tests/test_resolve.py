@@ -1,0 +1,178 @@
+"""A study file resolves to the runs it means, and every mistake is one StudyError."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from studies import TWO_MODES, read, replaced, write
+
+from study.errors import StudyError
+from study.factors import Frozen, FromRun, SingleSample, Teacher, references
+from study.resolve import load
+from study.run import main
+from study.spec import Study
+
+GRID = Path(__file__).parents[1] / "sweeps" / "grid.yaml"
+
+
+def by_name(study: Study, name: str) -> list:
+    """The runs of one variant or source."""
+    return [r for r in study.runs if r.recipe.name == name]
+
+
+def test_grid_means_what_the_readme_says() -> None:
+    study = load(GRID)
+    assert {r.recipe.name for r in study.runs} == {
+        "ct", "cd", "cd_exact", "ct_warm", "cd_warm", "born_again", "self_pretrain",
+        "edm", "edm_half", "ct_first"}  # fmt: skip
+    assert study.seeds == (0, 1, 2)
+    ct, cd = by_name(study, "ct")[0], by_name(study, "cd")[0]
+    assert isinstance(ct.recipe.factors.score, SingleSample)
+    assert isinstance(cd.recipe.factors.score, Teacher)
+    # CT and CD differ in the score and in nothing else
+    assert ct.recipe.factors == _with(cd.recipe.factors, score=ct.recipe.factors.score)
+    warm = by_name(study, "ct_warm")[0]
+    assert warm.recipe.factors.init == FromRun(run="edm")
+    assert by_name(study, "born_again")[0].recipe.factors.target == Frozen(run="ct_first")
+    # a charged run trains on what is left of the budget
+    pretrained, half = by_name(study, "self_pretrain")[0], by_name(study, "edm_half")[0]
+    budget = ct.recipe.factors.budget.images
+    assert half.recipe.factors.budget.images == budget // 2
+    assert pretrained.recipe.factors.budget.images + half.recipe.factors.budget.images == budget
+    assert pretrained.charged == (half.id,)
+
+
+def _with(factors: object, **changes: object) -> object:
+    import msgspec
+
+    return msgspec.structs.replace(factors, **changes)
+
+
+def test_sources_stand_before_the_runs_that_read_them(tmp_path: Path) -> None:
+    text = replaced("  edm: {objective: denoising}",
+                    "  second: {from: ct, init: {run: first}}\n"
+                    "  first: {from: ct, init: {run: edm}}\n  edm: {objective: denoising}")
+    study = read(tmp_path, text)
+    position = {r.id: i for i, r in enumerate(study.runs)}
+    for run in study.runs:
+        assert all(position[i] < position[run.id] for i in run.refs.values())
+        assert set(run.refs) == set(references(run.recipe.factors))
+
+
+def test_layers_merge_in_their_order(tmp_path: Path) -> None:
+    text = TWO_MODES + "cells:\n  a: {batch: 32}\n  b: {optimizer: {lr: 5e-4}}\n"
+    text = text.replace("  cd: {", "  ct_low: {from: ct, dropout: 0.25}\n  cd: {")
+    study = read(tmp_path, text, ("base.optimizer.eps=1e-6",))
+    factors = {(r.recipe.name, r.recipe.cell): r.recipe.factors for r in study.runs}
+    assert factors["ct", "a"].batch == 32 and factors["ct", "b"].batch == 64
+    assert factors["ct", "b"].optimizer.lr == 5e-4 and factors["ct", "b"].optimizer.eps == 1e-6
+    assert factors["ct", "a"].optimizer.lr == 1e-3
+    assert factors["ct_low", "a"].dropout == 0.25 and factors["ct", "a"].dropout == 0
+
+
+def test_another_kind_replaces_and_never_merges(tmp_path: Path) -> None:
+    text = replaced("{score: single_sample}", "{discretization: {kind: doubling, s1: 40}}")
+    ct = by_name(read(tmp_path, text), "ct")[0].recipe.factors
+    assert (ct.discretization.s0, ct.discretization.s1) == (10, 40)
+
+
+def test_from_means_a_variant_of_the_study_before_a_preset(tmp_path: Path) -> None:
+    text = replaced("ct: {score: single_sample}",
+                    "ct: {score: empirical}\n  a: {from: ct}\n  b: {from: preset:ct}")
+    study = read(tmp_path, text)
+    kinds = {n: by_name(study, n)[0].recipe.factors.score.__struct_config__.tag for n in "ab"}
+    assert kinds == {"a": "empirical", "b": "single_sample"}
+
+
+def test_names_that_mean_the_same_are_one_run(tmp_path: Path) -> None:
+    text = replaced("  ct: {score: single_sample}", "  ct: {score: single_sample}\n  twin: {from: ct}")
+    study = read(tmp_path, text)
+    assert by_name(study, "ct")[0].id == by_name(study, "twin")[0].id
+    assert len(study.unique) == len(study.runs) - len(study.seeds)
+
+
+def test_score_error_is_asked_once_for_each_estimate(tmp_path: Path) -> None:
+    text = TWO_MODES + "  score_error: {}\n"
+    text = text.replace("  cd: {", "  warm: {from: ct, init: {run: edm}}\n  cd: {")
+    asked = [(r.recipe.name, r.seed) for r in read(tmp_path, text).runs for m in r.measures
+             if m.record["kind"] == "score_error"]
+    # single samples once for the data; each seed's teacher once
+    assert asked == [("ct", 0), ("cd", 0), ("cd", 1)]
+
+
+BAD = {
+    "misspelt factor": (replaced("  batch:", "  bacth:"), "base.bacth.*'batch'"),
+    "misspelt kind": (replaced("single_sample", "single_sampel"), "ct.score.*'single_sample'"),
+    "misspelt key": (replaced("seeds:", "sedes:"), "sedes.*'seeds'"),
+    "misspelt field": (replaced("N: 10", "M: 10"), "base.discretization.M"),
+    "missing field": (replaced("kind: fixed, N: 10", "kind: fixed"), "discretization.*'N'"),
+    "wrong type": (replaced("batch: 64", "batch: many"), "base.batch.*'many'"),
+    "number as text": (replaced("std: 0.2", "std: x"), "base.data"),
+    "duplicate key": (TWO_MODES + "seeds: [3]\n", "seeds"),
+    "duplicate by a dot": (replaced("  batch: 64", "  batch: 64\n  budget.images: 64"), "images"),
+    "no teacher": (replaced("kind: teacher, run: edm", "kind: teacher"), "cd.score.*'run'"),
+    "unknown teacher": (replaced("run: edm", "run: emd"), "cd.score.run.*'edm'"),
+    "variant as source": (replaced("run: edm", "run: ct"), "source twin"),
+    "teacher that is no denoiser": (
+        replaced("{objective: denoising}", "{objective: consistency}"), "denoising expected"),
+    "analytic on digits": (
+        replaced("data: {kind: mixture, means: [[-1.0], [1.0]], std: 0.2, samples: 500}",
+                 "data: digits").replace("single_sample", "analytic")
+        .split("measure:")[0].replace("primary", "#"), "analytic needs a known density"),
+    "empirical without end": (
+        replaced(", samples: 500", "").replace("single_sample", "empirical"), "finite data"),
+    "cycle of sources": (replaced("{objective: denoising}", "{objective: denoising, init: {run: edm}}"),
+                         "cycle"),
+    "cycle of from": (replaced("{score: single_sample}", "{from: cd}").replace(
+        "cd: {", "cd: {from: ct, "), "cycle"),
+    "negative": (replaced("std: 0.2", "std: -0.2"), "base.data"),
+    "infinite": (replaced("std: 0.2", "std: .inf"), "not a finite number"),
+    "huge exponent": (replaced("std: 0.2", "std: 1e400"), "not a finite number"),
+    "not a number": (replaced("std: 0.2", "std: .nan"), "not a finite number"),
+    "empty seeds": (replaced("seeds: [0, 1]", "seeds: []"), "seeds"),
+    "seed twice": (replaced("seeds: [0, 1]", "seeds: [1, 1]"), "twice"),
+    "no variants": (TWO_MODES.split("variants:")[0], "variants"),
+    "empty means": (replaced("[[-1.0], [1.0]]", "[]"), "base.data"),
+    "ragged means": (replaced("[[-1.0], [1.0]]", "[[-1.0], [1.0, 2.0]]"), "one dimension"),
+    "broken batch": (replaced("images: 1280", "images: 1281"), "whole batches"),
+    "overcharged": (replaced("single_sample}", "single_sample, charge: [edm]}"), "charge"),
+    "no such preset": (replaced("{score: single_sample}", "{from: preset:cdd}"), "'preset:cd'"),
+    "primary of no variant": (replaced("against: cd", "against: dc"), "allowed: cd, ct"),
+    "primary not measured": (replaced("metric: sliced_wasserstein", "metric: fid"), "not measured"),
+    "fid of vectors": (TWO_MODES + "  fid: {extractor: digits-cnn, samples: 10}\n", "needs images"),
+    "unet on vectors": (replaced("{kind: mlp, width: 16, depth: 1}", "unet"), "needs images"),
+    "ema not kept": (replaced("draws: 1", "draws: 1, ema: [0.07]"), "ema 0.07"),
+    "name with a slash": (replaced("  ct: {", "  ../ct: {"), "name"),
+    "name that is no text": (replaced("  ct: {", "  2: {"), "not text"),
+    "variant against its cell": (
+        TWO_MODES.replace("{score: single_sample}", "{batch: 32}") + "cells: {a: {batch: 64}}\n",
+        "cell 'a' sets this key"),
+    "not a mapping": ("- 1\n", "mapping"),
+    "not yaml": ("a: [1\n", "line"),
+    "a tag that would build an object": ("base: !!python/object/apply:os.getcwd []\n", "tag"),
+    "a value inside itself": ("base: &a {data: *a}\n", "nested"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_study_error_and_nothing_is_written(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, told = BAD[case]
+    path = write(tmp_path, text)
+    with pytest.raises(StudyError, match=f"(?s){told}") as error:
+        load(path)
+    assert str(path) in str(error.value) or "preset" in str(error.value)
+    assert main([str(path), "--results", str(tmp_path / "results")]) == 2
+    assert not (tmp_path / "results").exists()
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_missing_file_and_a_bad_set_are_study_errors(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="cannot be read"):
+        load(tmp_path / "none.yaml")
+    path = write(tmp_path)
+    for bad in ("seeds", "seeds=[", ".=1", "base.batch.x=1"):
+        with pytest.raises(StudyError):
+            load(path, (bad,))
