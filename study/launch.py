@@ -16,11 +16,13 @@ from pathlib import Path
 from study.errors import StudyError
 from study.progress import Display
 from study.spec import Run
-from study.store import Store
+from study.store import Store, append_line, now
 
 POLL = 0.1  # seconds between looks at the processes
 FOREIGN = 2.0  # seconds between looks at runs that another launcher works on
-BUSY = 75  # worker.BUSY; the worker's module is not imported here, torch comes with it
+BUSY, STOPPED = 75, 76  # the worker's exit statuses; importing it here would bring torch
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
 
 
 def gpus() -> int:
@@ -65,18 +67,21 @@ class Launcher:
 
     def run(self, deadline: float | None, in_process: bool) -> None:
         """Works until done, `deadline` (time.monotonic) or a signal."""
-        before = {s: signal.signal(s, self.stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        before = {s: signal.signal(s, self.stop) for s in STOP_SIGNALS}
         try:
             with self.display:
-                self._here() if in_process else self._pool(deadline)
+                self._here(deadline) if in_process else self._pool(deadline)
         finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _here(self) -> None:
+    def _here(self, deadline: float | None) -> None:
         """Everything in this process, one run after the other."""
         from study import worker
 
+        if deadline is not None:  # an alarm, which the worker takes as a request to stop
+            signal.setitimer(signal.ITIMER_REAL, max(1e-3, deadline - time.monotonic()))
         while not self.stopping and (run := self._next(lambda run: False)):
             self.display.started(run)
             result = worker.work(run, self.all, self.store.folders, self.slots[0])
@@ -124,14 +129,23 @@ class Launcher:
                     continue
                 process.join()
                 del active[slot]
-                if process.exitcode == BUSY:
-                    self.waiting[run.id] = run
-                    foreign[run.id] = time.monotonic() + FOREIGN
-                    self.display.ended(run, None)
-                else:
-                    self.display.ended(run, self.store.folders[run.id].state(run))
+                self._ended(run, process.exitcode, foreign)
             if not active and not foreign and not any(self.store.ready(self.waiting.values())):
                 return  # what waits needs a source that failed or diverged
+
+    def _ended(self, run: Run, code: int, foreign: dict[str, float]) -> None:
+        """Takes note of a process that is gone, also of one that could not say why."""
+        folder = self.store.folders[run.id]
+        if code == BUSY:
+            self.waiting[run.id] = run
+            foreign[run.id] = time.monotonic() + FOREIGN
+            return self.display.ended(run, None)
+        foreign.pop(run.id, None)
+        if folder.state(run) in ("pending", "interrupted") and code != STOPPED:
+            why = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
+            append_line(folder.file("attempts.jsonl"), {
+                "event": "end", "time": now(), "reason": f"the process was lost: {why}"})  # fmt: skip
+        self.display.ended(run, folder.state(run))
 
     def _sources(self, run: Run) -> dict[str, Run]:
         return {i: self.all[i] for i in run.refs.values()}

@@ -21,12 +21,13 @@ import torch
 from study import data
 from study.errors import StudyError
 from study.identity import SCHEMA, canonical
+from study.launch import BUSY, STOP_SIGNALS, STOPPED
 from study.measure import measure
 from study.spec import Run
 from study.store import Folder, append_line, now
 from study.train import set_up, train
 
-DONE, FAILED, BUSY, STOPPED = 0, 1, 75, 76
+DONE, FAILED = 0, 1
 
 load = cache(data.load)  # one load per process, also where it works on several runs
 
@@ -75,7 +76,7 @@ def work(run: Run, sources: Mapping[str, Run], folders: Mapping[str, Folder], de
         stopping = True
 
     folder = folders[run.id]
-    before = {s: signal.signal(s, ask_to_stop) for s in (signal.SIGTERM, signal.SIGINT)}
+    before = {s: signal.signal(s, ask_to_stop) for s in STOP_SIGNALS}
     try:
         with folder.lock() as mine:
             if not mine:

@@ -191,3 +191,14 @@ def test_new_seeds_run_only_what_is_new(done: tuple[Path, Path], tmp_path: Path)
     folders = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "results/small/runs").iterdir()}
     assert {k: folders[k] for k in before} == before
     assert len(folders) == len(before) * 3 // 2
+
+
+def test_minutes_end_a_study_cleanly(tmp_path: Path) -> None:
+    path = write(tmp_path, replaced("images: 1280", "images: 6400000"))
+    start = time.monotonic()
+    for workers in ("0", "1"):
+        words = [str(path), "--results", str(tmp_path / workers), "--minutes", "0.1"]
+        assert main([*words, "--workers", workers, "--only", "ct-*-s0"]) == 3
+        state = next((tmp_path / workers).rglob("state.pt"))
+        assert torch.load(state, weights_only=True)["spend"]["images"] > 0
+    assert time.monotonic() - start < 60
