@@ -92,7 +92,8 @@ def _over_study(starts: pd.DataFrame) -> list[Mismatch]:
         counts = environment(starts, column)
         if len(counts) > 1:
             each = ", ".join(f"{value} ({n} runs)" for value, n in counts.items())
-            found.append(Mismatch(column, "", f"The runs stand on {len(counts)} {label}: {each}."))
+            found.append(Mismatch(column, "", f"The runs stand on {len(counts)} {label}: {each}; "
+                                  "a resumed run can stand on several."))
     dirty = starts[starts["dirty"].eq(True)]["id"].nunique()
     if dirty:
         found.append(Mismatch("dirty", "", f"{dirty} runs were started from a checkout with "
@@ -102,7 +103,8 @@ def _over_study(starts: pd.DataFrame) -> list[Mismatch]:
 
 def environment(starts: pd.DataFrame, column: str) -> dict[str, int]:
     """How many runs were started under each value of a provenance column."""
-    values = starts[column].fillna("unknown").astype(str).str[:24]
+    values = starts[column].fillna("unknown").astype(str)
+    values = values.str[:12] if column == "commit" else values
     return starts.groupby(values)["id"].nunique().to_dict()
 
 

@@ -20,10 +20,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from analysis import probes, stats, tables
+from analysis import probes, stats, tables, words
 from analysis.load import Study
 from analysis.style import GREY, MARKERS, PALE, STYLE, Drawn, capital, palette, save
 
+WIDE_TICKS = (-93.75, -87.5, -75, -50, 0, 100, 300, 700, 1500)  # percent: powers of two
 FLOOR_WITHIN = 4  # times the smallest value: a floor farther below is named, not drawn
 
 
@@ -73,8 +74,8 @@ def preview(study: Study, table: pd.DataFrame, path: Path) -> bool:
             left.set_title(f"Effects on {tables.title(endpoint['metric'], endpoint['nfe'])}",
                            x=-0.3)
             curve(right, study, cell, endpoint, colours)
-            right.legend(fontsize=9, ncols=6, loc="upper center", bbox_to_anchor=(0.5, -0.11),
-                         columnspacing=1.2, handlelength=1.6)
+            right.legend(fontsize=9, ncols=4 if len(colours) > 6 else 6, loc="upper center",
+                         bbox_to_anchor=(0.5, -0.11), columnspacing=1.2, handlelength=1.6)
             right.set_title(f"{capital(tables.title(endpoint['metric'], endpoint['nfe']))}"
                             " against the budget")
             for part in below:
@@ -113,7 +114,7 @@ def forest(axes: Axes, rows: pd.DataFrame, colours: dict[str, Any], metric: str,
         reach += [*points, *(x for x in (row.low_pooled, row.high_pooled) if x == x)]
         wide = max(abs(p - row.effect) for p in points)  # a wild t interval must not set the scale
         reach += [x for x in (row.low, row.high) if abs(x - row.effect) < 3 * wide + 1e-12]
-        axes.text(1.02, i, f"{percent_text(row.effect) if log else f'{row.effect:+.3g}'}"
+        axes.text(1.02, i, f"{words.percent_text(row.effect) if log else f'{row.effect:+.3g}'}"
                   f"   {row.n}/{row.planned}", transform=axes.get_yaxis_transform(), va="center",
                   fontsize=9, weight="bold" if row.role == "primary" else None)
     low, high = min([*reach, 0.0]), max([*reach, 0.0])
@@ -128,22 +129,13 @@ def forest(axes: Axes, rows: pd.DataFrame, colours: dict[str, Any], metric: str,
     axes.tick_params(axis="y", length=0)
     if log:
         ends = [stats.percent(x) for x in axes.get_xlim()]
-        ticks = [t for t in MaxNLocator(7).tick_values(*ends) if ends[0] <= t <= ends[1]]
+        wide = axes.get_xlim()[1] - axes.get_xlim()[0] > 0.9
+        ticks = WIDE_TICKS if wide else MaxNLocator(7).tick_values(*ends)
+        ticks = [t for t in ticks if ends[0] <= t <= ends[1]]
         axes.set_xticks([math.log1p(t / 100) for t in ticks],
                         [f"{t:+.3g} %".replace("-", "\u2212") if t else "0" for t in ticks])
     axes.set_xlabel(("change in " if log else "difference in ") + tables.title(metric)
                     + r"   (better $\leftarrow$ 0 $\rightarrow$ worse)")
-
-
-def percent_text(effect: float) -> str:
-    """A log difference as a signed percentage."""
-    return f"{percent_number(effect)}\u00a0%"
-
-
-def percent_number(effect: float) -> str:
-    """A log difference in percent, signed, with two digits that count."""
-    value = stats.percent(effect)
-    return f"{value:+.{1 if abs(value) < 10 else 0}f}".replace("-", "\u2212")
 
 
 def _effects(study: Study, table: pd.DataFrame, cell: str,
@@ -197,7 +189,7 @@ def curve(axes: Axes, study: Study, cell: str, endpoint: dict[str, Any], colours
         style = "-" if last[name] == common else "--"
         axes.plot(x, back(mean), style, marker=MARKERS[i % len(MARKERS)], ms=5, mew=0,
                   color=colours[name], label=name + ("" if style == "-" else " (not matched)"))
-        axes.fill_between(x, back(low), back(high), color=colours[name], alpha=0.13, lw=0)
+        axes.fill_between(x, back(low), back(high), color=colours[name], alpha=0.1, lw=0)
         own = rows[rows.name == name]
         axes.plot(own.images_total, own["value"], ".", ms=3, color=colours[name], alpha=0.55)
     floor = rows["floor"].mean()
@@ -244,8 +236,9 @@ def _curves(study: Study, table: pd.DataFrame, cell: str,
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper")
     return figure, ("Lines are means over seeds (geometric where the axis is logarithmic), small "
-                    "dots single runs. Bands are paired: with block effects removed, bands that "
-                    "do not overlap differ at the 95 % level; they need three seeds. Charged "
+                    "dots single runs. Bands are paired (block effects removed, residual variance "
+                    "pooled over variants): variants whose bands do not overlap differ at the "
+                    "95 % level. They need three seeds. Charged "
                     "images are those of sources counted against the variant's own budget; a "
                     "dashed curve ends at another sum and is not matched."), ids
 

@@ -57,6 +57,9 @@ def score(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any]) -> 
         if rows.t_star.notna().any():
             axes.axvline(rows.t_star.mean(), color=GREY, lw=1.2, ls=":", label="$t^*$")
         axes.set(xscale="log", yscale="log", xlabel=r"noise level $\sigma$")
+        top = np.nanmax([rows[key].max(), posterior.max()])
+        if top > 0:  # what lies below is rounding
+            axes.set_ylim(max(axes.get_ylim()[0], 1e-6 * top), 3 * top)
         axes.set_title(capital(label), fontsize=10)
     grid[0].set_ylabel(f"denoiser units, summed over d = {rows.dimension.iloc[0]:.0f}")
     handles, labels = grid[0].get_legend_handles_labels()
@@ -64,7 +67,8 @@ def score(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any]) -> 
     star = rows.t_star.mean()
     caption = ("Error of each variant's estimate D^ of E[x | x_t]; divide by sigma^2 for velocity "
                "units, by sigma^4 for score units. Measured once per data, score and source. "
-               "Values at or below 0 (unbiased estimates of something near 0) cannot be drawn.")
+               "Not drawn: values at or below 0 (unbiased estimates of nearly 0) or below a "
+               "millionth of the largest.")
     if star == star:
         caption += (f" t* = {star:.3g} is the largest sigma at which the posterior over the "
                     "training set is still the one image that made x_t (mean weight .99 or more): "

@@ -13,18 +13,15 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: the root, not analysis/, comes first
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import math
 from urllib.parse import quote
 
 import pandas as pd
-from matplotlib.ticker import EngFormatter
 
-from analysis import ledger, load, plots, stats, tables
+from analysis import ledger, load, plots, stats, tables, words
 from analysis.document import Block, Figure, Items, Link, Section, Table, Text, html, markdown
 from analysis.load import Study
 from study.spec import StudyError
 
-SI = EngFormatter(sep="\u00a0")
 LISTED = 20  # entries of a list before it says "and N more"
 ALT = {"effects": "effects with intervals", "curves": "metric against budget",
        "score_error": "score error against sigma", "map_error": "map error against sigma",
@@ -54,8 +51,8 @@ def build(folder: Path) -> Path:
 
     sections = [
         Section("Question", (Text(study.question or "(none stated)", "question"),)),
-        Section("Answer", tuple(Text(t, "answer") for t in answers(study, table))
-                + tuple(Text(t) for t in _powers(study, table))),
+        Section("Answer", tuple(Text(t, "answer") for t in words.answers(study, table))
+                + tuple(Text(t) for t in words.powers(study, table))),
         Section("Completeness", tuple(_completeness(study))),
         Section("Comparisons", (*_comparisons(study, table, mismatches), *figures("effects"))),
         Section("Metric against budget", (*_values(study, mismatches), *figures("curves"))),
@@ -69,60 +66,6 @@ def build(folder: Path) -> Path:
     (out / "report.md").write_text(markdown(title, sections), encoding="utf-8")
     (out / "report.html").write_text(html(title, sections, out), encoding="utf-8")
     return out / "report.html"
-
-
-def answers(study: Study, table: pd.DataFrame) -> list[str]:
-    """The primary comparison in one sentence per cell, with its interval and number of seeds."""
-    sentences = []
-    for cell in study.cells:
-        where = f"In {cell}, " if len(study.cells) > 1 else ""
-        rows = table[(table.cell == cell) & (table.role == "primary")]
-        primary = study.primaries.get(cell)
-        if primary is None:
-            sentences.append(f"{where}no primary comparison is declared: nothing is tested.")
-        elif rows.empty:
-            sentences.append(f"{where}{primary['variant']} and {primary['against']} are the same "
-                             "run: there is nothing to compare.")
-        sentences += [where + _sentence(row) for _, row in rows.iterrows()]
-    return [s[:1].upper() + s[1:] if s.startswith("no ") else s for s in sentences]
-
-
-def _sentence(row: pd.Series) -> str:
-    name, log = tables.title(row.metric, row.nfe), stats.is_log(row.metric)
-    seeds = f"{row.n} of {row.planned} seeds"
-    gone = (f" Diverged: {row.diverged_variant} of {row.variant}, {row.diverged_baseline} of "
-            f"{row.baseline}." if row.diverged else "")
-    if row.n == 0:
-        return (f"not answered yet: no seed of {row.planned} has the {name} of both {row.variant} "
-                f"and {row.baseline}.{gone}")
-    size = (f"{abs(row.percent):.{1 if abs(row.percent) < 10 else 0}f}\u00a0%" if log
-            else f"{abs(row.effect):.3g}")
-    text = f"{row.variant}'s {name} is {size} {'higher' if row.effect > 0 else 'lower'} than " \
-           f"{row.baseline}'s"
-    show = plots.percent_text if log else _signed
-    if row.n < stats.INTERVAL_FROM:
-        points = ", ".join(show(float(p.split(":")[1])) for p in row["points"].split())
-        return f"{text} ({seeds}: {points}; too few for an interval): {row.verdict}.{gone}"
-    means = {"supported": f'the claim that {row.variant} is worse is supported',
-             "refuted": f'the claim that {row.variant} is worse is refuted',
-             "tie": "a tie within the margin"}
-    return (f"{text} (95 % interval {_interval(row.low, row.high, log)}, {seeds}): "
-            f"{means.get(row.verdict, row.verdict).replace('screening:', 'screening,')}.{gone}")
-
-
-def _powers(study: Study, table: pd.DataFrame) -> list[str]:
-    texts = []
-    for _, row in table[table.role == "primary"].iterrows():
-        margin = float(study.primaries[row.cell]["margin"])
-        seeds = stats.seeds_needed(tables.effect_of(row), margin)
-        size = plots.percent_text(margin) if stats.is_log(row.metric) else f"{margin:g}"
-        if row.n and row.n < stats.VERDICT_FROM:
-            texts.append(f"A verdict wants {stats.VERDICT_FROM} seeds or more; {row.n} show "
-                         "effects and their spread.")
-        elif seeds:
-            texts.append(f"With the spread seen in {row.cell}, an effect as large as the margin "
-                         f"({size}) would need {seeds} seeds to be found with a chance of 80 %.")
-    return texts
 
 
 def _completeness(study: Study) -> list[Block]:
@@ -166,11 +109,13 @@ def _comparisons(study: Study, table: pd.DataFrame, mismatches: list[ledger.Mism
         verdicts = bool((rows.n >= stats.VERDICT_FROM).any())
         header = ["compared", "differs in", "effect", "95 % interval", "95 % pooled", "seeds",
                   *(["Holm p", "sign-flip p", "verdict"] if verdicts else []), "images matched"]
-        show = plots.percent_text if log else _signed
+        show = words.percent_text if log else words.signed
         body = [(f"{r.variant} − {r.baseline}", r.differs, show(r.effect) if r.n else "–",
-                 _interval(r.low, r.high, log), _interval(r.low_pooled, r.high_pooled, log),
+                 words.interval(r.low, r.high, log),
+                 words.interval(r.low_pooled, r.high_pooled, log),
                  f"{r.n}/{r.planned}" + (f", {r.diverged} diverged" if r.diverged else ""),
-                 *((_p(r.p_holm), _p(r.sign_flip_p), r.verdict) if verdicts else ()), r.matched)
+                 *((words.p_text(r.p_holm), words.p_text(r.sign_flip_p), r.verdict.split(":")[0])
+                   if verdicts else ()), r.matched)
                 for r in rows.itertuples()]
         ids = tables.select(study.measures[study.measures.cell == cell], endpoint)["id"]
         caption = [f"{cell}: {tables.described(endpoint)}. Effects above 0 mean worse than the "
@@ -199,27 +144,24 @@ def _comparisons(study: Study, table: pd.DataFrame, mismatches: list[ledger.Mism
 def _values(study: Study, mismatches: list[ledger.Mismatch]) -> list[Block]:
     blocks: list[Block] = []
     for cell in study.cells:
-        for role in ("variant", "source"):
-            frame = tables.summary(study, cell, role)
-            if frame.empty:
-                continue
-            heads = tables.headings(list(frame.columns))
-            body = tuple((name, *(_value(v, len(study.seeds)) for v in row))
-                         for name, row in zip(frame.index, frame.to_numpy(), strict=True))
-            rows = study.measures[(study.measures.cell == cell) & (study.measures.role == role)]
-            caption = (f"{cell}, {role}s at their last point: mean over seeds (smallest to "
-                       "largest; n runs where a seed is missing).")
-            if role == "variant":
-                caption += f" {ledger.standing(study, mismatches, cell, rows['id'])}"
-            blocks.append(Table(("name", *heads), body, caption))
+        rows = study.measures[(study.measures.cell == cell) & (study.measures.role == "variant")]
+        standing = ledger.standing(study, mismatches, cell, rows["id"])
+        frame = tables.summary(study, cell, "variant")
+        if len(frame):
+            blocks.append(_value_table(study, frame, f"{cell}, variants", standing))
+        frame = tables.summary(study, cell, "source")  # teachers and twins are measured unlike
+        for _, part in frame.groupby(frame.notna().apply(tuple, axis=1) if len(frame) else []):
+            part = part.dropna(axis=1, how="all")
+            blocks.append(_value_table(study, part, f"{cell}, sources", ""))
     return blocks
 
 
-def _value(entry: tuple[float, float, float, int] | None, seeds: int) -> str:
-    if entry is None:
-        return "–"
-    mean, low, high, n = entry
-    return f"{mean:.3g} ({low:.3g} to {high:.3g}{'' if n == seeds else f'; n {n}'})"
+def _value_table(study: Study, frame: pd.DataFrame, what: str, standing: str) -> Table:
+    body = tuple((name, *(words.value(v, len(study.seeds)) for v in row))
+                 for name, row in zip(frame.index, frame.to_numpy(), strict=True))
+    return Table(("name", *tables.headings(list(frame.columns))), body,
+                 f"{what} at their last point: mean over seeds (smallest to largest; n runs where "
+                 f"a seed is missing). {standing}".strip())
 
 
 def _audit(study: Study, mismatches: list[ledger.Mismatch]) -> list[Block]:
@@ -227,11 +169,11 @@ def _audit(study: Study, mismatches: list[ledger.Mismatch]) -> list[Block]:
     if frame.empty:
         return [Text("No run is trained yet.")]
     pairs = ("passes", "flops", "seconds")
-    body = tuple((r["cell"], r["name"], f"{r['runs']:.0f}", _count(r["images"]),
-                  _count(r["charged_images"]), _count(r["images_total"]),
-                  _count(r["images_with_sources"]),
-                  *(f"{_si(r[k])} / {_si(r[k + '_with_sources'])}" for k in pairs),
-                  _count(r["parameters"])) for r in frame.to_dict("records"))
+    body = tuple((r["cell"], r["name"], f"{r['runs']:.0f}", words.count(r["images"]),
+                  words.count(r["charged_images"]), words.count(r["images_total"]),
+                  words.count(r["images_with_sources"]),
+                  *(f"{words.short(r[k])} / {words.short(r[k + '_with_sources'])}" for k in pairs),
+                  words.count(r["parameters"])) for r in frame.to_dict("records"))
     table = Table(("cell", "name", "runs", "images", "charged", "own + charged", "with sources",
                    *(f"{k} own / with sources" for k in ("passes", "FLOPs", "seconds")),
                    "parameters"), body,
@@ -284,29 +226,6 @@ def _trace(study: Study) -> list[Block]:
                              "real against real", "file"), tuple(body),
                             f"The primary comparison of {cell}, run by run."))
     return blocks
-
-
-def _interval(low: float, high: float, log: bool) -> str:
-    if math.isnan(low):
-        return "–"
-    ends = [plots.percent_number(x) if log else _signed(x) for x in (low, high)]
-    return " to ".join(ends) + ("\u00a0%" if log else "")
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3g}".replace("-", "\u2212")
-
-
-def _p(value: float) -> str:
-    return "–" if math.isnan(value) else "< .001" if value < 0.001 else f"{value:.3f}"
-
-
-def _count(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:,.0f}"
-
-
-def _si(value: float) -> str:
-    return "–" if math.isnan(value) else SI(float(f"{value:.3g}"))
 
 
 def _some(lines: object) -> tuple[str, ...]:

@@ -145,18 +145,14 @@ def pooled_interval(effect: float, n: int, fit: Layout, level: float = 0.95
 def band(fit: Layout, level: float = 0.95) -> NDArray[np.float64]:
     """Half-widths (variants,) of bands whose non-overlap means a paired difference at this level.
 
-    Cousineau-Morey intervals, difference-adjusted (Baguley 2012): block effects are removed, the
-    residual variance is corrected by v / (v - 1) and the width halved by sqrt(2) / 2.
+    t_df sqrt(s^2 / (2 n)): half of the pooled interval of a difference (Loftus and Masson 1994,
+    difference-adjusted after Baguley 2012). nan below three blocks.
     """
     n = np.isfinite(fit.residuals).sum(axis=0)
-    v = int((n > 0).sum())
-    half = np.full(len(n), np.nan)
-    for j in np.flatnonzero(n >= INTERVAL_FROM):
-        r = fit.residuals[:, j]
-        if v > 1:
-            sd = math.sqrt(np.nansum(r**2) / (n[j] - 1) * v / (v - 1))
-            half[j] = t_quantile(level, int(n[j]) - 1) * sd / math.sqrt(2 * n[j])
-    return half
+    if fit.df < 1:
+        return np.full(len(n), np.nan)
+    half = t_quantile(level, fit.df) * np.sqrt(fit.variance / (2 * np.maximum(n, 1)))
+    return np.where(n >= INTERVAL_FROM, half, np.nan)
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from analysis.load import Study
 
 INK, GREY, PALE = "#1f2933", "#7b8794", "#e4e7eb"
+COLOURS = (*sns.color_palette("colorblind").as_hex()[:6], "#56b4e9", "#6a3d9a", "#6b7280",
+           "#1b7837")  # its pale pink and yellow vanish on white
 MARKERS = "osD^vPX*<>hp"
 STYLE = {**sns.axes_style("ticks"), **sns.plotting_context("notebook", font_scale=0.85),
          "axes.edgecolor": GREY, "axes.labelcolor": INK, "text.color": INK,
@@ -24,7 +26,8 @@ Drawn = tuple[Figure, str, list[str]] | None  # figure, caption, ids of the runs
 def palette(study: Study) -> dict[str, Any]:
     """One colour per variant name, in file order, kept over all figures."""
     names = list(dict.fromkeys(r["name"] for r in study.recipes if r["role"] == "variant"))
-    colours = sns.color_palette("colorblind" if len(names) <= 10 else "husl", len(names))
+    few = len(names) <= len(COLOURS)
+    colours = COLOURS[:len(names)] if few else sns.color_palette("husl", len(names))
     return dict(zip(names, colours, strict=True))
 
 

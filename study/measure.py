@@ -26,7 +26,7 @@ from study.settings import HEUN_NFE
 from study.spec import Run
 from study.store import Folder, write_bytes, write_json
 
-GRID, SCALE = 8, 4  # samples.png: GRID x GRID images, each pixel SCALE wide at 8 x 8
+GRID, PIXELS, FRAME = 8, 320, 96  # samples.png: images a side, width in pixels, frame's grey
 
 
 class Snapshot:
@@ -193,16 +193,13 @@ def picture(snapshot: Snapshot) -> bytes:
     file = io.BytesIO()
     if snapshot.dataset.images:
         rows = to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()  # (n, S, S, C)
+        rows = np.pad(rows, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=FRAME)
         size = rows.shape[1]
-        grid = (
-            rows.reshape(GRID, GRID, size, size, -1)
-            .swapaxes(1, 2)
-            .reshape(GRID * size, GRID * size, -1)
-        )
-        scale = max(1, SCALE * 8 // size)
-        Image.fromarray(grid.squeeze(-1) if grid.shape[-1] == 1 else grid).resize(
-            (GRID * size * scale,) * 2, Image.Resampling.NEAREST
-        ).save(file, "png")
+        grid = rows.reshape(GRID, GRID, size, size, -1).swapaxes(1, 2).reshape(
+            GRID * size, GRID * size, -1)  # fmt: skip
+        image = Image.fromarray(grid.squeeze(-1) if grid.shape[-1] == 1 else grid)
+        scale = max(1, PIXELS // grid.shape[0])
+        image.resize((grid.shape[0] * scale,) * 2, Image.Resampling.NEAREST).save(file, "png")
         return file.getvalue()
     from matplotlib.figure import Figure  # vectors only: images need no plotting library
 

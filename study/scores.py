@@ -34,7 +34,7 @@ class Posterior:
 
     def __init__(self, x: Tensor) -> None:
         """x: training set (n, ...), float32."""
-        self.shape, flat = x.shape[1:], x.flatten(1)
+        self.x, self.shape, flat = x, x.shape[1:], x.flatten(1)
         self.mean_image = flat.mean(0)
         self.centred = flat - self.mean_image  # (n, d)
         self.half_norm = self.centred.square().sum(1) / 2  # (n,)
@@ -79,7 +79,7 @@ class Posterior:
             torch.multinomial(self.weights(x, s), 1, generator=generator)[:, 0]
             for x, s in self._chunks(x_t, t)
         ]
-        return (self.centred[torch.cat(index)] + self.mean_image).view(-1, *self.shape)
+        return self.x[torch.cat(index)]
 
 
 @dataclass(frozen=True)

@@ -146,11 +146,19 @@ class Folder:
             if m.at in points and not self.file(f"measures/{m.file}").exists()
         ]
 
+    def complete(self, run: Run) -> bool:
+        """Whether training has ended and everything asked of its snapshots is there."""
+        trained = self.trained
+        return trained is not None and (
+            trained["outcome"] == "diverged"
+            or (not self.due(run) and self.file("samples.png").exists())
+        )
+
     def state(self, run: Run) -> str:
         """pending, running, interrupted, failed or done."""
         if not self.path.exists():
             return "pending"
-        if self.trained is not None and not self.due(run):
+        if self.complete(run):
             return "done"
         if self.locked:
             return "running"

@@ -7,6 +7,7 @@ of it, so a resumed run does the same bits.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 
@@ -29,9 +30,11 @@ SAVE_SECONDS = 60
 DIGEST_IMAGES = 256
 
 
-def set_up(device: torch.device) -> None:
+def set_up() -> None:
     """One CPU thread and deterministic kernels in true float32: the same bits every time."""
     torch.set_num_threads(1)
+    # cuBLAS is deterministic only with a fixed workspace, chosen before CUDA's first use
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.matmul.allow_tf32 = False

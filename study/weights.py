@@ -41,7 +41,7 @@ def load_tensors(path: Path) -> Any:  # noqa: ANN401
     """A file of tensors, read without executing anything. Raises StudyError on a torn one."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, UnpicklingError) as error:
+    except (OSError, RuntimeError, ValueError, EOFError, LookupError, UnpicklingError) as error:
         raise StudyError(f"{path}: cannot be read as weights: {error}") from None
 
 

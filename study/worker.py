@@ -92,7 +92,7 @@ def work(run: Run, sources: Mapping[str, Run], folders: Mapping[str, Folder], de
                 },
             )
             place = torch.device(device)
-            set_up(place)
+            set_up()
             append_line(folder.file("attempts.jsonl"), provenance(place))
             reason, result = "done", DONE
             try:

@@ -114,7 +114,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(done: tuple[Path, Path], tmp_pat
         folder, steps = store.folders[r.id], iter(range(1000))
         folder.create(r, {"id": r.id})
         dataset, cpu = worker.load(r.recipe.factors.data), torch.device("cpu")
-        worker.set_up(cpu)
+        worker.set_up()
         stopped = train(r, study.unique, store.folders.__getitem__, dataset, cpu,
                         lambda steps=steps: next(steps) == 6)
         assert not stopped and folder.trained is None

@@ -1,4 +1,4 @@
-"""analysis.report and analysis.load: what a reader gets, from damaged and unfinished studies too."""
+"""analysis.report and analysis.load: what a reader gets, also from damaged studies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import fake_study as fake
 import pytest
 
-from analysis import load, report, tables
+from analysis import load, report, tables, words
 from analysis.document import Link, Section, Table, Text, html, markdown
 from study.spec import StudyError
 
@@ -55,7 +55,8 @@ def test_contents_in_order(built: Path) -> None:
         "Score error against sigma", "Samples", "Ledger audit", "Provenance",
         "From a number to its run"]
     assert re.search(r"ct's one-step FID is [\d.]+\u00a0% (lower|higher) than cd's "
-                     r"\(95 % interval \S+ to \S+\u00a0%, 3 of 3 seeds\): screening, no verdict", text)
+                     r"\(95 % interval \S+ to \S+\u00a0%, 3 of 3 seeds\): screening, "
+                     "no verdict", text)
     assert "Stands on 9 of 9 planned runs of digits." in text
     assert "15 runs planned: 15 done" in text
 
@@ -129,8 +130,8 @@ def test_vectors(tmp_path: Path) -> None:
     primary = fake.PRIMARY | {"metric": "map_error"}
     folder = fake.write(tmp_path / "s", seeds=[0, 1], variants=FEW, vectors=True, primary=primary)
     text = report.build(folder).with_suffix(".md").read_text()
-    assert re.search(r"ct's consistency-map error is [^,;]+ \(2 of 2 seeds: [^,;]+, [^,;]+; too few "
-                     r"for an interval\)", text)
+    assert re.search(r"ct's consistency-map error is [^,;]+ \(2 of 2 seeds: [^,;]+, [^,;]+; "
+                     r"too few for an interval\)", text)
     assert "mass between modes, 1 NFE" in text
     assert (folder / "report" / "map_error-digits.png").is_file()
 
@@ -140,7 +141,7 @@ def test_a_primary_per_cell(tmp_path: Path) -> None:
                         primary={"a": fake.PRIMARY | {"nfe": 2}, "b": None})
     study = load.load(folder)
     table = tables.comparisons(study)
-    first, second = report.answers(study, table)
+    first, second = words.answers(study, table)
     assert first.startswith("In a, ct's two-step FID is ")
     assert second == "In b, no primary comparison is declared: nothing is tested."
     assert set(table[table.cell == "b"].role) == {"descriptive"}

@@ -8,7 +8,7 @@ import pytest
 from studies import TWO_MODES, read, replaced, write
 
 from study.errors import StudyError
-from study.factors import Frozen, FromRun, SingleSample, Teacher, references
+from study.factors import FromRun, Frozen, SingleSample, Teacher, references
 from study.resolve import load
 from study.run import main
 from study.spec import Study

@@ -75,6 +75,7 @@ def test_state_follows_from_the_files(tmp_path: Path) -> None:
         pass
     append_line(folder.file("attempts.jsonl"), {"event": "end", "reason": "disk full"})
     assert folder.state(run) == "failed" and folder.reason() == "disk full"
+    append_line(folder.file("attempts.jsonl"), {"event": "start"})
     write_json(folder.file("trained.json"), {
         "outcome": "trained", "snapshots": [{"at": 1.0, "images": 1280}]})  # fmt: skip
     # what is asked at 0.5 has no snapshot: not measured, and not waited for
@@ -82,6 +83,8 @@ def test_state_follows_from_the_files(tmp_path: Path) -> None:
     assert folder.due(run) == asked and len(asked) < len(run.measures)
     for settings in asked:
         write_json(folder.file(f"measures/{settings.file}"), {})
+    assert folder.state(run) == "interrupted"  # the picture is still to be made
+    write_bytes(folder.file("samples.png"), b"")
     assert folder.state(run) == "done"
 
 

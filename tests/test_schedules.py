@@ -1,0 +1,98 @@
+"""Noise levels against published tables, scipy's distributions and worked values."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import special, stats
+
+from study.factors import Doubling, Fixed, LognormalGrid, Sigma
+from study.schedules import grid_points, karras, level, pair
+
+# the noise levels of EDM's 18-step sampler (Karras et al. 2022), the upper half, to three digits
+EDM_18 = [80.0, 57.6, 40.8, 28.4, 19.4, 12.9, 8.40, 5.32, 3.26, 1.92, 1.09]
+SIGMA = Sigma()
+
+
+def grid(N: int, sigma: Sigma = SIGMA) -> torch.Tensor:
+    return karras(torch.arange(N), N, sigma)
+
+
+def uniform(n: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(n, generator=generator, dtype=torch.float64)
+
+
+def test_grid_is_edms() -> None:
+    assert grid(18).flip(0)[:11].numpy() == pytest.approx(EDM_18, rel=4e-3)
+
+
+@pytest.mark.parametrize("N", [2, 11, 1281])
+@pytest.mark.parametrize("sigma", [SIGMA, Sigma(min=0.1, max=3.7, rho=3), Sigma(rho=1)])
+def test_grid_ends_exactly_at_min_and_max(N: int, sigma: Sigma) -> None:
+    levels = grid(N, sigma)
+    assert levels.dtype == torch.float64
+    assert levels[0].item() == sigma.min
+    assert levels[-1].float() == torch.tensor(sigma.max)
+    assert (levels.diff() > 0).all()
+
+
+def test_rho_one_is_an_even_grid() -> None:
+    expected = np.linspace(1.0, 3.0, 9)
+    assert grid(9, Sigma(min=1, max=3, rho=1)).numpy() == pytest.approx(expected)
+
+
+def test_doubling_is_icts_worked_example() -> None:
+    """s0 = 10, s1 = 1280, K = 400 000: log2(128) + 1 = 8 stages of 50 000 steps."""
+    K, ict = 400_000, Doubling(s0=10, s1=1280)
+    for stage, N in enumerate([11, 21, 41, 81, 161, 321, 641, 1281]):
+        first = stage * 50_000
+        assert [grid_points(ict, k / K) for k in (first, first + 49_999)] == [N, N]
+
+
+def test_doubling_never_passes_s1() -> None:
+    """s1 / s0 = 100 gives 7.64 stages, of which the last would be 1 280."""
+    uneven = Doubling(s0=10, s1=1000)
+    assert [grid_points(uneven, p) for p in (0, 0.9, 0.99, 1)] == [11, 641, 1001, 1001]
+    assert {grid_points(Doubling(s0=7, s1=7), p) for p in (0, 0.5, 1)} == {8}
+    assert {grid_points(Fixed(N=18), p) for p in (0, 0.5, 1)} == {18}
+
+
+def test_more_than_half_of_the_draws_lie_below_one_half() -> None:
+    """Shares below c of exp(N(-1.1, 2)); with the sign of P_mean turned, .19 lie below 0.5."""
+    t = level(LognormalGrid(), uniform(50_000), SIGMA)
+    for c, share in [(0.5, 0.58), (1, 0.71), (1.5, 0.77), (2, 0.82), (3, 0.86), (10, 0.96)]:
+        assert (t < c).double().mean().item() == pytest.approx(share, abs=0.012)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(-1.1, 2.0), (1.3, 0.4), (-1.0, 30.0)])
+def test_level_is_the_truncated_normals_quantile(mean: float, std: float) -> None:
+    u = torch.cat([torch.tensor([0.0]).double(), uniform(500)])
+    ends = [(np.log(s) - mean) / std for s in (SIGMA.min, SIGMA.max)]
+    expected = np.exp(stats.truncnorm.ppf(u.numpy(), *ends, loc=mean, scale=std))
+    t = level(LognormalGrid(P_mean=mean, P_std=std), u, SIGMA)
+    assert t.numpy() == pytest.approx(expected, rel=1e-6)
+    assert t.min() >= SIGMA.min and t.max() <= SIGMA.max
+
+
+@pytest.mark.parametrize("N", [3, 11, 41])
+def test_pairs_are_drawn_with_icts_frequencies(N: int) -> None:
+    law = LognormalGrid()
+    _, t = pair(law, uniform(100_000, seed=N), N, SIGMA)
+    sigma = grid(N).numpy()
+    p = np.diff(special.erf((np.log(sigma) - law.P_mean) / (np.sqrt(2) * law.P_std)))
+    drawn = np.bincount(np.searchsorted(sigma.astype(np.float32), t.numpy()), minlength=N)[1:]
+    assert stats.chisquare(drawn, p / p.sum() * len(t)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("N", [2, 3, 18, 1281])
+def test_pairs_are_neighbours_around_the_level(N: int) -> None:
+    u = torch.cat([torch.tensor([0.0, 1 - 2**-53, 1.0]).double(), uniform(5000)])
+    r, t = pair(LognormalGrid(), u, N, SIGMA)
+    levels = grid(N).float()
+    assert r.dtype == t.dtype == torch.float32
+    below = torch.searchsorted(levels, r)
+    assert torch.equal(levels[below], r) and torch.equal(levels[below + 1], t)
+    inside = level(LognormalGrid(), u, SIGMA).float()
+    assert (r <= inside * (1 + 1e-6)).all() and (inside <= t * (1 + 1e-6)).all()
+    again = pair(LognormalGrid(), u, torch.tensor(N), SIGMA)
+    assert torch.equal(again[0], r) and torch.equal(again[1], t)

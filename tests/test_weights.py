@@ -1,0 +1,103 @@
+"""Power-function averages against the profile they promise, and files that break."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from study.errors import StudyError
+from study.store import Folder
+from study.weights import (
+    average,
+    digest,
+    load_tensors,
+    power_gamma,
+    save_tensors,
+    snapshot_name,
+    weights_at,
+)
+
+
+@pytest.mark.parametrize(("length", "gamma"), [(0.05, 16.97), (0.1, 6.94)])
+def test_gamma_of_the_published_lengths(length: float, gamma: float) -> None:
+    assert power_gamma(length) == pytest.approx(gamma, abs=0.005)
+
+
+@pytest.mark.parametrize("length", [0.02, 0.05, 0.1, 0.25])
+def test_profile_has_the_stated_width(length: float) -> None:
+    """Weights (n, n^2) at update n: their averages are the profile's first two moments."""
+    T, gamma = 4000, power_gamma(length)
+    averages = [[torch.full((2,), 1e9, dtype=torch.float64)]]
+    for n in range(1, T + 1):
+        average(averages, [torch.tensor([n, n * n], dtype=torch.float64)], [gamma], n)
+    first, second = averages[0][0].tolist()
+    assert (second - first**2) ** 0.5 / T == pytest.approx(length, rel=2e-3)
+    assert first / T == pytest.approx((gamma + 1) / (gamma + 2), abs=1 / T)  # mean of t^gamma
+
+
+def test_averages_do_not_mix() -> None:
+    weights = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])]
+    averages = [[torch.zeros_like(w) for w in weights] for _ in range(2)]
+    average(averages, weights, [6.94, 16.97], 1)
+    for kept in averages:
+        assert all(torch.equal(a, w) for a, w in zip(kept, weights, strict=True))
+    average(averages, [2 * w for w in weights], [0.0, 1.0], 2)  # beta = 1/2 and 1/4
+    assert averages[0][0].tolist() == pytest.approx([1.5, 3.0])
+    assert averages[1][0].tolist() == pytest.approx([1.75, 3.5])
+    assert averages[1][1].tolist() == [[pytest.approx(5.25)]]
+    assert weights[0].tolist() == [1.0, 2.0]
+
+
+def test_files_round_trip(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.file("snapshots").mkdir()
+    emas = {"0.05": {"w": torch.randn(3)}, "0.1": {"w": torch.randn(3)}}
+    save_tensors(folder.file(snapshot_name(0.25)), {"raw": {"w": torch.zeros(3)}, "ema": emas})
+    assert torch.equal(weights_at(folder, 0.25, 0.1)["w"], emas["0.1"]["w"])
+    assert [p.name for p in (tmp_path / "snapshots").iterdir()] == ["0.250.pt"]
+
+
+def test_broken_files_are_user_errors(tmp_path: Path) -> None:
+    file = tmp_path / "weights.pt"
+    with pytest.raises(StudyError, match="weights.pt"):
+        load_tensors(file)  # missing
+    save_tensors(file, {"w": torch.randn(1000)})
+    whole = file.read_bytes()
+    pieces = [whole[:n] for n in (0, 1, 100, len(whole) // 2, len(whole) - 1)]
+    for torn in (*pieces, b"not weights at all", pickle.dumps({"w": 1}, 2)[:-3]):
+        file.write_bytes(torn)
+        with pytest.raises(StudyError, match="weights.pt"):
+            load_tensors(file)
+
+
+class Code:
+    """Unpickling this makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.mark,)
+
+
+def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path) -> None:
+    file, mark = tmp_path / "weights.pt", tmp_path / "ran"
+    pickle.loads(pickle.dumps(Code(mark)))
+    assert mark.exists()  # the trap works ...
+    mark.unlink()
+    for write in (lambda: torch.save(Code(mark), file),
+                  lambda: file.write_bytes(pickle.dumps(Code(mark), 2))):  # fmt: skip
+        write()
+        with pytest.raises(StudyError):
+            load_tensors(file)
+    assert not mark.exists()  # ... and is not sprung
+
+
+def test_digest_is_of_names_and_values() -> None:
+    a, b = torch.tensor([1.0, 2.0]), torch.tensor([3.0])
+    one = digest({"a": a, "b": b})
+    assert one == digest({"b": b.clone().requires_grad_(), "a": a})
+    last = torch.randn(2, 3, 4, 4)
+    assert digest({"a": last}) == digest({"a": last.to(memory_format=torch.channels_last)})
+    assert len({one, digest({"a": a, "c": b}), digest({"a": a + 1e-6, "b": b}), digest({})}) == 4
