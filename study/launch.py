@@ -143,8 +143,8 @@ class Launcher:
         foreign.pop(run.id, None)
         if folder.state(run) in ("pending", "interrupted") and code != STOPPED:
             why = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
-            append_line(folder.file("attempts.jsonl"), {
-                "event": "end", "time": now(), "reason": f"the process was lost: {why}"})  # fmt: skip
+            row = {"event": "end", "time": now(), "reason": f"the process was lost: {why}"}
+            append_line(folder.file("attempts.jsonl"), row)
         self.display.ended(run, folder.state(run))
 
     def _sources(self, run: Run) -> dict[str, Run]:

@@ -106,10 +106,10 @@ def score_error(
 
 
 @torch.no_grad()
-def t_star(dataset: Dataset, sigma: Sigma, points: int = 64, samples: int = 256) -> float | None:
-    """The largest level at which the mean posterior weight of the generating image is >= .99:
-    below it the empirical posterior is a point and any test of variance is empty. None if data are
-    endless.
+def t_star(dataset: Dataset, sigma: Sigma, samples: int = 256) -> float | None:
+    """The largest level at which the mean posterior weight of the generating image is >= .99, to
+    1 %: below it the empirical posterior is a point and any test of variance is empty. 0 if it is
+    a point nowhere, None if data are endless.
     """
     if dataset.train is None:
         return None
@@ -118,14 +118,21 @@ def t_star(dataset: Dataset, sigma: Sigma, points: int = 64, samples: int = 256)
     rows = torch.randint(len(dataset.train), (samples,), generator=generator, device=device)
     x = to_float(dataset.train[rows])
     z = torch.randn(x.shape, generator=generator, device=device)
-    last = 0.0
-    for level in geometric(sigma.min, sigma.max, points):
+
+    def is_point(level: float) -> bool:
         t = torch.full((samples,), level, device=device)
         own = posterior.weights(x + along(t, x) * z, t).gather(1, rows[:, None])
-        if own.mean() < OWN_WEIGHT:
-            break
-        last = level
-    return last
+        return float(own.mean()) >= OWN_WEIGHT
+
+    low, high = sigma.min, sigma.max  # the weight falls with t: bisect between them
+    if not is_point(low):
+        return 0.0
+    if is_point(high):
+        return high
+    while high / low > 1.01:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if is_point(middle) else (low, middle)
+    return low
 
 
 @torch.no_grad()

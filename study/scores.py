@@ -64,13 +64,23 @@ class Posterior:
         return (torch.cat(means) + self.mean_image).view(-1, *self.shape)
 
     def variance(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Trace of Cov[x | x_t] (B,)."""
+        """Trace of Cov[x | x_t] (B,).
+
+        Taken about the likeliest image, Tr Cov = E|x - x_top|^2 - |E[x] - x_top|^2, so that it is
+        0, and no cancelled difference, where the posterior is a point.
+        """
         result = []
         for x, s in self._chunks(x_t, t):
             w = self.weights(x, s)
-            mean = w @ self.centred
-            # about the posterior mean, not as a difference of second moments, which cancels
-            result.append((w * self._distance(mean).square()).sum(1))
+            top = w.argmax(1, keepdim=True)
+            image, norm = self.centred[top[:, 0]], self.half_norm[top]
+            if self.centred.shape[1] <= FEW:
+                apart = self._distance(image).square()  # (B, n)
+            else:
+                apart = 2 * (norm + self.half_norm - image @ self.centred.T).clamp(min=0)
+            apart.scatter_(1, top, 0.0)
+            offset = w @ self.centred - image
+            result.append((w * apart).sum(1) - offset.square().sum(1))
         return torch.cat(result)
 
     def sample(self, x_t: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:

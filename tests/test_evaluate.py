@@ -133,6 +133,20 @@ def test_noise_is_addressed_by_seed_and_draw(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close([drawn(0, 0, nfe) for nfe in (1, 2, 35)], whole)
 
 
+def test_the_second_steps_noise_is_new() -> None:
+    seen = []
+
+    def f(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(x)
+        return torch.zeros_like(x)
+
+    record = {"samples": 400, "nfe": 2, "mid": 0.8}
+    evaluate.samples(f, record, (5,), SIGMA, 0, 0, torch.device("cpu"))
+    z, z_mid = seen[0] / 80, seen[1] / math.hypot(0.8, 0.002)
+    assert z.std().item() == pytest.approx(1, abs=4 / math.sqrt(4000))
+    assert abs((z * z_mid).mean().item()) < 4 / math.sqrt(2000)
+
+
 # --- vectors ---
 
 

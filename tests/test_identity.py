@@ -65,10 +65,11 @@ def test_a_student_schedule_retrains_no_teacher_but_its_students(tmp_path: Path)
     assert before["ct", 0] != after["ct", 0] and before["cd", 0] != after["cd", 0]
 
 
-def test_a_teacher_renamed_keeps_its_students_and_a_teacher_changed_does_not(tmp_path: Path) -> None:
+def test_a_teacher_renamed_keeps_its_students_a_changed_one_does_not(tmp_path: Path) -> None:
     before = ids(tmp_path)
     renamed = ids(tmp_path, TWO_MODES.replace("edm", "phi"))
-    changed = ids(tmp_path, replaced("{objective: denoising}", "{objective: denoising, dropout: .1}"))
+    text = replaced("{objective: denoising}", "{objective: denoising, dropout: .1}")
+    changed = ids(tmp_path, text)
     assert renamed["cd", 0] == before["cd", 0] and renamed["phi", 0] == before["edm", 0]
     assert changed["cd", 0] != before["cd", 0] and changed["ct", 0] == before["ct", 0]
 

@@ -63,5 +63,6 @@ def test_help_and_plan_load_no_torch() -> None:
         code = ("import sys; from study.run import main\n"
                 f"try: main({words!r})\nexcept SystemExit: pass\n"
                 "assert not {'torch', 'pandas', 'sklearn'} & set(sys.modules)")  # fmt: skip
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+        words = [sys.executable, "-c", code]
+        done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr

@@ -144,6 +144,7 @@ def test_mask_is_a_function_of_key_layer_and_position() -> None:
     plain = dropout(image, 0.3, torch.tensor(5), 1)
     last = dropout(image.contiguous(memory_format=torch.channels_last), 0.3, torch.tensor(5), 1)
     assert torch.equal(plain, last)  # whatever the layout in memory
+    assert torch.equal(plain.flatten(), mask(0.3, 5, 1, 800))  # no position repeats another's
 
 
 def test_masks_of_other_keys_and_layers_are_uncorrelated_at_every_shift() -> None:

@@ -86,7 +86,8 @@ def test_from_means_a_variant_of_the_study_before_a_preset(tmp_path: Path) -> No
 
 
 def test_names_that_mean_the_same_are_one_run(tmp_path: Path) -> None:
-    text = replaced("  ct: {score: single_sample}", "  ct: {score: single_sample}\n  twin: {from: ct}")
+    text = replaced("  ct: {score: single_sample}",
+                    "  ct: {score: single_sample}\n  twin: {from: ct}")
     study = read(tmp_path, text)
     assert by_name(study, "ct")[0].id == by_name(study, "twin")[0].id
     assert len(study.unique) == len(study.runs) - len(study.seeds)
@@ -122,8 +123,8 @@ BAD = {
         .split("measure:")[0].replace("primary", "#"), "analytic needs a known density"),
     "empirical without end": (
         replaced(", samples: 500", "").replace("single_sample", "empirical"), "finite data"),
-    "cycle of sources": (replaced("{objective: denoising}", "{objective: denoising, init: {run: edm}}"),
-                         "cycle"),
+    "cycle of sources": (
+        replaced("{objective: denoising}", "{objective: denoising, init: {run: edm}}"), "cycle"),
     "cycle of from": (replaced("{score: single_sample}", "{from: cd}").replace(
         "cd: {", "cd: {from: ct, "), "cycle"),
     "negative": (replaced("std: 0.2", "std: -0.2"), "base.data"),
@@ -139,8 +140,8 @@ BAD = {
     "overcharged": (replaced("single_sample}", "single_sample, charge: [edm]}"), "charge"),
     "no such preset": (replaced("{score: single_sample}", "{from: preset:cdd}"), "'preset:cd'"),
     "primary of no variant": (replaced("against: cd", "against: dc"), "allowed: cd, ct"),
-    "primary not measured": (replaced("metric: sliced_wasserstein", "metric: fid"), "not measured"),
-    "fid of vectors": (TWO_MODES + "  fid: {extractor: digits-cnn, samples: 10}\n", "needs images"),
+    "unmeasured primary": (replaced("metric: sliced_wasserstein", "metric: fid"), "not measured"),
+    "fid of vectors": (TWO_MODES + "  fid: {extractor: digits-cnn, samples: 9}\n", "needs images"),
     "unet on vectors": (replaced("{kind: mlp, width: 16, depth: 1}", "unet"), "needs images"),
     "ema not kept": (replaced("draws: 1", "draws: 1, ema: [0.07]"), "ema 0.07"),
     "name with a slash": (replaced("  ct: {", "  ../ct: {"), "name"),
