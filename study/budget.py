@@ -9,6 +9,8 @@ of a run spent stands in their own ledgers; the analysis adds it up.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from study.factors import Denoising, Factors, Frozen, Teacher, Value
 
 BACKWARD = 2  # forwards that a backward pass is worth
@@ -41,3 +43,8 @@ def passes(factors: Factors) -> int:
         return student
     teacher = isinstance(factors.score, Teacher) and not isinstance(factors.target, Frozen)
     return student + 1 + teacher
+
+
+def snapshot_images(images: int, batch: int, points: Iterable[float]) -> dict[int, float]:
+    """Image counts at which a snapshot is due, in whole batches, and the share each stands for."""
+    return {max(1, round(at * images / batch)) * batch: at for at in sorted(points)}

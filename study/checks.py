@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from study.budget import snapshot_images
 from study.errors import StudyError, nearest
 from study.factors import (
     Analytic,
@@ -50,7 +51,15 @@ def check_recipe(
         )
     for factor, name in references(factors).items():
         check_reference(factors, f"{where}.{factor}.run", factor, name, sources, variants)
-    for settings in settings_of(recipe.measure, factors, recipe.role):
+    asked = list(settings_of(recipe.measure, factors, recipe.role))
+    points = {*recipe.measure.at, *(s.at for s in asked), 1.0}
+    images = factors.budget.images
+    if len(snapshot_images(images, factors.batch, points)) < len(points):
+        raise StudyError(
+            f"{where}: measure.at: {sorted(points)} name the same update twice; {images} images "
+            f"are {images // factors.batch} updates"
+        )
+    for settings in asked:
         if settings.record["ema"] not in factors.weights_ema:
             raise StudyError(
                 f"{where}: measure asks for ema {settings.record['ema']}; weights_ema is "

@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from study import schedules
-from study.budget import Spend, passes
+from study.budget import Spend, passes, snapshot_images
 from study.data import Dataset, Draws
 from study.errors import StudyError
 from study.factors import ignored
@@ -39,14 +39,6 @@ def set_up() -> None:
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-
-
-def snapshot_images(run: Run) -> dict[int, float]:
-    """Image counts at which a snapshot is due, in whole batches, and the share each stands for."""
-    budget = run.recipe.factors.budget.images
-    batch = run.recipe.factors.batch
-    points = {*run.recipe.measure.at, *(m.at for m in run.measures), 1.0}
-    return {max(1, round(at * budget / batch)) * batch: at for at in sorted(points)}
 
 
 def stream_digest(draws: Draws) -> str:
@@ -137,7 +129,8 @@ def train(
             },
         )
 
-    due = snapshot_images(run)
+    points = {*run.recipe.measure.at, *(m.at for m in run.measures), 1.0}
+    due = snapshot_images(factors.budget.images, batch, points)
     snapshots = [
         {"at": at, "images": images, "file": snapshot_name(at)} for images, at in due.items()
     ]

@@ -149,6 +149,7 @@ BAD = {
     "variant against its cell": (
         TWO_MODES.replace("{score: single_sample}", "{batch: 32}") + "cells: {a: {batch: 64}}\n",
         "cell 'a' sets this key"),
+    "the same update twice": (replaced("at: [0.5, 1.0]", "at: [0.5, 0.51]"), "same update"),
     "not a mapping": ("- 1\n", "mapping"),
     "not yaml": ("a: [1\n", "line"),
     "a tag that would build an object": ("base: !!python/object/apply:os.getcwd []\n", "tag"),
