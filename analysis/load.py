@@ -3,8 +3,9 @@
 One row per run in `Study.runs`, one per measured scalar in `Study.measures`, each with the path of
 the file it was read from. A run's bill is kept three ways: its own spend; its own images
 plus the images charged to it, the sum by which variants are matched; its spend with all the
-sources that it stands on, each counted once. Only a missing or unreadable study.json is fatal: any
-other file that is missing or broken is named in `Study.missing` or `Study.problems`.
+sources that it stands on, each counted once. Every file is checked against the types below as it
+is read. Only a missing or unreadable study.json is fatal: any other file that is missing or broken
+is named in `Study.missing` or `Study.problems`.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
+import msgspec
 import pandas as pd
 
 from study.errors import StudyError
@@ -31,14 +35,96 @@ RUN_COLUMNS = ("name", "role", "cell", "seed", "id", "folder", "same_as", "state
                "reason", *SPEND, "charged_images", "images_total",
                *(f"{k}_with_sources" for k in SPEND), "planned_images", "side", "parameters",
                "sigma_data", "data_digest", "init_digest", "stream_digest")
-MEASURE_COLUMNS = ("name", "role", "cell", "seed", "id", "at", "images", "images_total", "metric",
-                   "nfe", "ema", "reference", "value", "floor", "draws", "draws_sd", "identity",
-                   "file")
+MEASURE_COLUMNS = ("name", "role", "cell", "seed", "id", "at", "images", "images_total",
+                   "images_with_sources", "metric", "nfe", "ema", "reference", "value", "floor",
+                   "draws", "draws_sd", "identity", "file")
 SCORE_COLUMNS = ("name", "cell", "seed", "id", "at", "score", "sigma", *PER_SIGMA, "known",
                  "dimension", "t_star", "identity", "file")
 MAP_COLUMNS = ("name", "cell", "seed", "id", "at", "ema", "sigma", "rms", "identity", "file")
 ATTEMPT_COLUMNS = ("id", "commit", "dirty", "device", "torch", "python", "host")
 MISSING_COLUMNS = ("name", "cell", "seed", "id", "file", "why")
+
+
+class Factors(TypedDict, total=False):
+    """The factors that the analysis looks into."""
+
+    budget: dict[str, Any]
+    score: dict[str, Any]
+    init: dict[str, Any]
+    target: dict[str, Any]
+
+
+class Recipe(TypedDict):
+    """One variant or source of a cell, in study.json."""
+
+    name: str
+    role: Literal["variant", "source"]
+    cell: str
+    factors: Factors
+    charge: list[str]
+    ignored: list[str]
+
+
+class Entry(TypedDict):
+    """One run in study.json; recipe: its place in the list of recipes."""
+
+    recipe: int
+    seed: int
+    id: str
+    folder: str
+    refs: list[str]
+    charged: list[str]
+    measures: list[str]
+
+
+class Primary(TypedDict):
+    """The primary comparison of a cell, in study.json."""
+
+    variant: str
+    against: str
+    metric: str
+    nfe: float | None
+    at: float
+    ema: float | None
+    reference: str | None
+    margin: float
+
+
+class Plan(TypedDict):
+    """study.json."""
+
+    name: str
+    question: str
+    primary: dict[str, Primary | None] | None
+    seeds: list[int]
+    cells: list[str]
+    recipes: list[Recipe]
+    runs: list[Entry]
+
+
+class Trained(TypedDict, total=False):
+    """trained.json."""
+
+    id: str
+    outcome: str
+    spend: dict[str, Any]
+    snapshots: list[dict[str, Any]]
+    data_digest: str | None
+    init_digest: str | None
+    stream_digest: str | None
+
+
+class Settings(TypedDict):
+    """What makes two measurements alike; other keys are free."""
+
+    kind: str
+
+
+class Record(TypedDict):
+    """A measurement file; its values are free."""
+
+    id: str
+    settings: Settings
 
 
 @dataclass(frozen=True)
@@ -118,15 +204,17 @@ def load(folder: Path) -> Study:
             *(number(run.trained.get(k)) for k in ("parameters", "sigma_data")),
             *(run.trained.get(k) or "" for k in ("data_digest", "init_digest",
                                                  "stream_digest"))))
+        extra = (charged, math.fsum(s.get("images", math.nan) for s in billed[1:]))
         for file, record in run.records.items():
-            _spread(rows, where, recipe["role"], charged, run.trained.get("data_digest"),
+            _spread(rows, where, recipe["role"], extra, run.trained.get("data_digest"),
                     file, record)
         rows["missing"] += [(*where, file, why) for file, why in run.missing.items()]
     attempts = [(i, *(start.get(k) for k in ATTEMPT_COLUMNS[1:]))
                 for i, run in found.items() for start in run.starts]
     return Study(
         folder=folder, name=plan["name"], question=plan["question"],
-        primaries=_primaries(plan), seeds=tuple(plan["seeds"]), cells=tuple(plan["cells"]),
+        primaries={c: p for c, p in (plan["primary"] or {}).items() if p},
+        seeds=tuple(plan["seeds"]), cells=tuple(plan["cells"]),
         recipes=tuple(plan["recipes"]),
         runs=pd.DataFrame(rows["run"], columns=list(RUN_COLUMNS)),
         measures=pd.DataFrame(rows["measure"], columns=list(MEASURE_COLUMNS)),
@@ -176,31 +264,33 @@ class _Run:
 
 def _plan(path: Path) -> dict[str, Any]:
     problems: list[str] = []
-    plan = _json(path, str(path), problems)
+    plan = _read(path, str(path), problems, dict)
     if plan is None:
         raise StudyError(problems[0] if problems else f"{path}: no such file")
     if plan.get("schema") != SCHEMA:
         raise StudyError(f"{path}: schema: given {plan.get('schema')!r}, allowed {SCHEMA}")
-    absent = [k for k in ("name", "question", "primary", "seeds", "cells", "recipes", "runs")
-              if k not in plan]
-    if absent:
-        raise StudyError(f"{path}: {', '.join(absent)}: missing; rebuild it with study.run --plan")
+    try:
+        msgspec.convert(plan, Plan)
+    except msgspec.ValidationError as error:
+        raise StudyError(f"{path}: {error}; run the study to have it written anew") from None
+    wrong = [e["recipe"] for e in plan["runs"] if not 0 <= e["recipe"] < len(plan["recipes"])]
+    if wrong:
+        raise StudyError(f"{path}: runs: recipe {wrong[0]} given, of {len(plan['recipes'])}")
+    names = {(r["cell"], r["name"]) for r in plan["recipes"]}
+    for recipe in plan["recipes"]:
+        for charge in recipe["charge"]:
+            if (recipe["cell"], charge) not in names:
+                raise StudyError(f"{path}: recipes: {recipe['name']} charges {charge!r}, which "
+                                 f"{recipe['cell']} does not have")
     return plan
-
-
-def _primaries(plan: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The primary comparison by cell: the file holds one for all cells, one per cell, or none."""
-    given = plan["primary"] or {}
-    by_cell = dict.fromkeys(plan["cells"], given) if "variant" in given else given
-    return {cell: primary for cell, primary in by_cell.items() if primary}
 
 
 def _read_run(folder: Path, entry: dict[str, Any], problems: list[str]) -> _Run:
     relative = f"runs/{entry['folder']}"
     root = folder / relative
 
-    def read(file: str) -> dict[str, Any] | None:
-        record = _json(root / file, f"{relative}/{file}", problems)
+    def read(file: str, shape: type = dict) -> dict[str, Any] | None:
+        record = _read(f"{root}/{file}", f"{relative}/{file}", problems, shape)
         if record is not None and record.get("id") != entry["id"]:
             problems.append(f"{relative}/{file}: belongs to id {record.get('id')!r}, "
                             f"not to {entry['id']!r}; not used")
@@ -209,8 +299,8 @@ def _read_run(folder: Path, entry: dict[str, Any], problems: list[str]) -> _Run:
 
     if not root.is_dir():
         return _Run({}, "", [], "", {}, dict.fromkeys(entry["measures"], "not started"), "pending")
-    side = (read("run.json") or {}).get("role", "")
-    trained = read("trained.json") or {}
+    side = str((read("run.json") or {}).get("role", ""))
+    trained = read("trained.json", Trained) or {}
     events = list(_lines(root / "attempts.jsonl", f"{relative}/attempts.jsonl", problems))
     reason = next((str(e.get("reason", "")) for e in reversed(events)
                    if e.get("event") in ("start", "end")), "")
@@ -221,10 +311,7 @@ def _read_run(folder: Path, entry: dict[str, Any], problems: list[str]) -> _Run:
     for file in entry["measures"]:
         record = None
         if file in present:
-            record = read(f"measures/{file}")
-            if record is not None and "kind" not in (record.get("settings") or {}):
-                problems.append(f"{relative}/measures/{file}: names no settings.kind; not used")
-                record = None
+            record = read(f"measures/{file}", Record)
         if record is not None:
             records[f"{relative}/measures/{file}"] = record
         elif file in present:
@@ -245,21 +332,24 @@ def _read_run(folder: Path, entry: dict[str, Any], problems: list[str]) -> _Run:
                 str(trained.get("reason") or reason), records, missing, state)
 
 
-def _spread(rows: dict[str, list[tuple]], where: tuple, role: str, charged: float,
+def _spread(rows: dict[str, list[tuple]], where: tuple, role: str, extra: tuple[float, float],
             digest: str | None, file: str, record: dict[str, Any]) -> None:
-    """Appends one measurement file's scalars and per-sigma values to the rows of the frames."""
+    """Appends one measurement file's scalars and per-sigma values to the rows of the frames.
+
+    extra: the images charged to the run, and those of all its sources.
+    """
     settings = record["settings"]
     kind, at, images = settings["kind"], number(record.get("at")), number(record.get("images"))
     what = identity(settings, digest)
     name, cell, seed, run = where
     draws = numbers(record.get("draws"))
-    spread = pd.Series(draws).std() if len(draws) > 1 else math.nan
+    spread = statistics.stdev(draws) if len(draws) > 1 else math.nan
     ema = settings.get("ema")
     ema = "" if ema is None else str(ema)
     for metric, key in SCALARS.get(kind, {kind: "value"}).items():
         rows["measure"].append((
-            name, role, cell, seed, run, at, images, images + charged, metric,
-            number(settings.get("nfe")), ema, settings.get("reference") or "",
+            name, role, cell, seed, run, at, images, *(images + x for x in extra), metric,
+            number(settings.get("nfe")), ema, str(settings.get("reference") or ""),
             number(record.get(key)), number(record.get("floor")), len(draws), spread, what, file))
     sigmas = numbers(record.get("sigma"))
     if kind == "score_error":
@@ -287,7 +377,7 @@ def _closure(start: str, below: dict[str, set[str]]) -> set[str]:
 
 
 def _names(folder: Path) -> set[str]:
-    return {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    return set(os.listdir(folder)) if folder.is_dir() else set()
 
 
 def _float(text: str) -> float:
@@ -297,17 +387,19 @@ def _float(text: str) -> float:
         return math.nan
 
 
-def _json(path: Path, label: str, problems: list[str]) -> dict[str, Any] | None:
-    """One JSON object; None if the file is missing, or broken (then named in `problems`)."""
+def _read(path: Path | str, label: str, problems: list[str], shape: type
+          ) -> dict[str, Any] | None:
+    """One JSON object; None if the file is missing, or broken or of another shape (then named in
+    `problems`).
+    """
     try:
-        record = json.loads(path.read_bytes())
+        with open(path, "rb") as file:
+            record = msgspec.json.decode(file.read())
+        msgspec.convert(record, shape)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
         problems.append(f"{label}: cannot be read: {error}")
-        return None
-    if not isinstance(record, dict):
-        problems.append(f"{label}: holds no JSON object; not used")
         return None
     return record
 
@@ -318,9 +410,12 @@ def _lines(path: Path, label: str, problems: list[str]) -> Iterable[dict[str, An
         lines = path.read_bytes().splitlines()
     except FileNotFoundError:
         return
+    except OSError as error:
+        problems.append(f"{label}: cannot be read: {error}")
+        return
     for index, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record = msgspec.json.decode(line)
         except ValueError as error:
             problems.append(f"{label}: line {index} cannot be read: {error}")
             continue

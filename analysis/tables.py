@@ -2,21 +2,23 @@
 
 A comparison is variant minus baseline over the blocks of one cell. Primary is the pair that the
 study names. Secondary are every other variant against the primary's baseline, and every pair whose
-complete factors differ in exactly one key (later in the file against earlier): these say which
-factor causes what. Charging moves images from a run's budget to its sources, so `budget` counts as
-differing only if own + charged images differ. Tested are the pairs on the primary's endpoint; all
+complete factors differ in exactly one key: these say which factor causes what. Where that key is
+the primary's, the pair is oriented like the primary; elsewhere it is the later in the file minus
+the earlier. Charging moves images from a run's budget to its sources: the budget differs if own +
+charged images do, and where only the own images do, so does its split, a second factor that is
+borne only against the primary's two sides. Tested are the pairs on the primary's endpoint; all
 other endpoints (metric, NFE, point, EMA, reference) are described, without verdicts.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import EngFormatter
 
 from analysis import stats
 from analysis.load import Study, number
@@ -32,13 +34,17 @@ STEPS = {1: "one-step ", 2: "two-step "}
 COMPARISON_COLUMNS = (
     "cell", "variant", "baseline", "differs", *ENDPOINT, "n", "planned", "diverged", "effect",
     "low", "high", "low_pooled", "high_pooled", "p", "p_holm", "sign_flip_p", "verdict", "matched",
-    "role", "percent", "percent_low", "percent_high", "sd", "diverged_variant",
-    "diverged_baseline", "equal_variances_p", "points", "identity")
+    "matched_with_sources", "role", "percent", "percent_low", "percent_high", "sd",
+    "diverged_variant", "diverged_baseline", "equal_variances_p", "points", "identity")
+BUDGET, SPLIT = "budget", "budget split"
+AMOUNT = EngFormatter(sep="")  # 64k
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A comparison to make; differs: the top-level factors that tell the two apart."""
+    """A comparison to make; differs: the top-level factors that tell the two apart, with the
+    amounts of a budget split in brackets.
+    """
 
     variant: str
     baseline: str
@@ -128,51 +134,64 @@ def pairs(study: Study, cell: str) -> list[Pair]:
     """The comparisons to make in a cell; each unordered pair once."""
     names = variants(study, cell)
     recipes = {r["name"]: r for r in study.recipes if r["cell"] == cell}
-    totals = _totals(study, cell)
+    primary = study.primaries.get(cell, {})
+    sides = (primary.get("variant"), primary.get("against"))
     made: dict[frozenset[str], Pair] = {}
 
-    def add(variant: str, baseline: str, role: str, one_factor: bool = False) -> None:
+    def add(variant: str, baseline: str, role: str) -> None:
         if variant != baseline and {variant, baseline} <= set(names):
-            difference = _differs(recipes, totals, variant, baseline)
-            if len(difference) == 1 or not one_factor:
-                made.setdefault(frozenset((variant, baseline)),
-                                Pair(variant, baseline, difference, role))
+            made.setdefault(frozenset((variant, baseline)), Pair(
+                variant, baseline, differing(recipes, variant, baseline), role))
 
-    primary = study.primaries.get(cell)
     if primary:
-        add(primary["variant"], primary["against"], "primary")
+        add(*sides, "primary")
         for name in names:
-            add(name, primary["against"], "secondary")
+            add(name, sides[1], "secondary")
     for i, later in enumerate(names):
         for earlier in names[:i]:
-            add(later, earlier, "secondary", one_factor=True)
+            factors = [f for f in differing(recipes, later, earlier)
+                       if not (f.startswith(SPLIT) and {later, earlier} & {*sides})]
+            if len(factors) == 1:
+                along = primary and tuple(factors) == differing(recipes, *sides)
+                at = [_along(recipes, sides, factors[0], n) if along else 0.0
+                      for n in (later, earlier)]
+                add(*(later, earlier) if at[0] >= at[1] else (earlier, later), "secondary")
     return list(made.values())
 
 
-def _totals(study: Study, cell: str) -> pd.DataFrame:
-    """Own + charged images (seeds, names): from the ledger, nan for runs that did not finish."""
-    rows = study.runs[(study.runs.cell == cell) & (study.runs.outcome == "trained")]
-    return rows.pivot_table(index="seed", columns="name", values="images_total", dropna=False)
-
-
-def _differs(recipes: dict[str, Any], totals: pd.DataFrame, a: str, b: str) -> tuple[str, ...]:
+def differing(recipes: dict[str, Any], a: str, b: str) -> tuple[str, ...]:
     """The top-level factors in which two recipes differ; those that both ignore left out."""
     one, two = recipes[a]["factors"], recipes[b]["factors"]
-    idle = {*recipes[a].get("ignored", [])} & {*recipes[b].get("ignored", [])}
-    keys = [k for k in dict.fromkeys([*one, *two]) if k not in idle
-            and json.dumps(one.get(k), sort_keys=True) != json.dumps(two.get(k), sort_keys=True)]
-    both = totals[[a, b]].dropna() if {a, b} <= set(totals.columns) else totals.iloc[:0, :0]
-    if len(both):
-        unequal = bool((both[a] != both[b]).any())
-    else:  # nothing trained yet: the plan speaks
-        unequal = _planned_images(recipes, a) != _planned_images(recipes, b)
-    return (*(k for k in keys if k != "budget"), *(("budget",) if unequal else ()))
+    idle = {BUDGET, *({*recipes[a]["ignored"]} & {*recipes[b]["ignored"]})}
+    keys = [k for k in dict.fromkeys([*one, *two]) if k not in idle and one.get(k) != two.get(k)]
+    (own_a, charged_a), (own_b, charged_b) = bills = [planned(recipes, n) for n in (a, b)]
+    if own_a + charged_a != own_b + charged_b:
+        keys.append(BUDGET)
+    elif own_a != own_b:
+        own, charged = max(bills, key=lambda bill: bill[1])
+        keys.append(f"{SPLIT} ({AMOUNT(own)} own + {AMOUNT(charged)} charged)")
+    return tuple(keys)
 
 
-def _planned_images(recipes: dict[str, Any], name: str) -> float:
-    names = [name, *recipes[name].get("charge", [])]
-    return math.fsum(number(recipes[n]["factors"].get("budget", {}).get("images"))
-                     for n in names if n in recipes)
+def planned(recipes: dict[str, Any], name: str) -> tuple[float, float]:
+    """A recipe's own images and those of the sources charged to it."""
+    def images(n: str) -> float:
+        return number(recipes[n]["factors"].get(BUDGET, {}).get("images"))
+
+    return images(name), math.fsum(images(n) for n in recipes[name]["charge"])
+
+
+def _along(recipes: dict[str, Any], sides: tuple[str, str], factor: str, name: str) -> float:
+    """Where a recipe's value of the primary's factor lies between the baseline's, 0, and the
+    variant's, 1: amounts in proportion, any other value halfway.
+    """
+    def value(n: str) -> object:
+        return sum(planned(recipes, n)) if factor == BUDGET else recipes[n]["factors"].get(factor)
+
+    x, high, low = value(name), value(sides[0]), value(sides[1])
+    if all(number(v) == v for v in (x, high, low)):
+        return (x - low) / (high - low)
+    return 0.0 if x == low else 1.0 if x == high else 0.5
 
 
 def comparisons(study: Study) -> pd.DataFrame:
@@ -213,7 +232,8 @@ def _group(made: list[Pair], ids: pd.DataFrame, diverged: set[tuple[str, int]],
            where: dict[str, Any], group: pd.DataFrame, tested: bool) -> list[dict[str, Any]]:
     """The comparisons of one cell at one endpoint and identity."""
     values = group.pivot(index="seed", columns="name", values="value").reindex(ids.index)
-    images = group.pivot(index="seed", columns="name", values="images_total").reindex(ids.index)
+    images = [group.pivot(index="seed", columns="name", values=k).reindex(ids.index)
+              for k in ("images_total", "images_with_sources")]
     g = pd.DataFrame(stats.transform(where["metric"], values.to_numpy(dtype=float)),
                      index=values.index, columns=values.columns)
     for name, seed in diverged:
@@ -232,14 +252,15 @@ def _group(made: list[Pair], ids: pd.DataFrame, diverged: set[tuple[str, int]],
         e = stats.paired(d.tolist())
         low, high = stats.pooled_interval(e.effect, e.n, fit)
         log = stats.is_log(where["metric"])
-        totals = images.loc[d.index, [a, b]] if len(d) else None
+        matched = [_equal(x.loc[d.index, [a, b]] if len(d) else None) for x in images]
         rows.append(where | {
             "variant": a, "baseline": b, "differs": ", ".join(pair.differs), "n": e.n,
             "planned": int(ids[[a, b]].notna().all(axis=1).sum()),
             "diverged": len({s for x, s in diverged if x in (a, b)}),
             "effect": e.effect, "low": e.low, "high": e.high, "low_pooled": low,
             "high_pooled": high, "p": e.p, "p_holm": math.nan, "verdict": "",
-            "sign_flip_p": stats.sign_flip_p(d.tolist()), "matched": _matched(totals),
+            "sign_flip_p": stats.sign_flip_p(d.tolist()), "matched": matched[0],
+            "matched_with_sources": matched[1],
             "role": pair.role if tested else "descriptive", "sd": e.sd,
             "diverged_variant": counts[0], "diverged_baseline": counts[1],
             "percent": stats.percent(e.effect) if log else math.nan,
@@ -250,8 +271,8 @@ def _group(made: list[Pair], ids: pd.DataFrame, diverged: set[tuple[str, int]],
     return rows
 
 
-def _matched(totals: pd.DataFrame | None) -> str:
-    """Whether own + charged images are equal in every block: yes, no, or unknown."""
+def _equal(totals: pd.DataFrame | None) -> str:
+    """Whether two columns of images are equal in every block: yes, no, or unknown."""
     if totals is None or totals.isna().any(axis=None):
         return "unknown"
     return "yes" if (totals.iloc[:, 0] == totals.iloc[:, 1]).all() else "no"

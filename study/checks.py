@@ -9,19 +9,27 @@ from study.errors import StudyError, nearest
 from study.factors import (
     Analytic,
     Consistency,
+    Data,
     Denoising,
     Empirical,
     Factors,
+    FittedMixture,
     Mixture,
     Unet,
     ignored,
     references,
 )
-from study.settings import Measure, settings_of
+from study.settings import Measure, extractor_identity, settings_of, snapshot_points
 from study.spec import Primary, Recipe
 
 HELD_OUT = {"digits": 400, "fashion_mnist": 10_000}  # the smaller part of each image data set
-IMAGES, VECTORS = ("fid", "kid"), ("sliced_wasserstein", "mode_mass", "map_error")
+NEEDS = {
+    "fid": "images",
+    "kid": "images",
+    "sliced_wasserstein": "a mixture of vectors",
+    "mode_mass": "a mixture of vectors",
+    "map_error": "a mixture or fitted_mixture, whose exact map is known",
+}
 
 Where = Callable[[str], str]  # file and key path, as written, of a key
 
@@ -37,8 +45,10 @@ def check_recipe(
         check_mixture(data, where)
         if isinstance(factors.network, Unet):
             raise StudyError(f"{where}.network: a unet needs images; use mlp on a {kind}")
-    elif isinstance(score, Analytic):
-        raise StudyError(f"{where}.score: analytic needs a known density (mixture), not {kind}")
+    elif isinstance(score, Analytic) and not isinstance(data, FittedMixture):
+        raise StudyError(
+            f"{where}.score: analytic needs a known density (mixture, fitted_mixture), not {kind}"
+        )
     if isinstance(score, Empirical) and getattr(data, "samples", 1) is None:
         raise StudyError(
             f"{where}.score: empirical needs finite data; give the mixture `samples` or use the "
@@ -52,12 +62,13 @@ def check_recipe(
     for factor, name in references(factors).items():
         check_reference(factors, f"{where}.{factor}.run", factor, name, sources, variants)
     asked = list(settings_of(recipe.measure, factors, recipe.role))
-    points = {*recipe.measure.at, *(s.at for s in asked), 1.0}
+    points = snapshot_points(recipe.measure, asked, recipe.role)
     images = factors.budget.images
-    if len(snapshot_images(images, factors.batch, points)) < len(points):
+    snapshots = snapshot_images(images, factors.batch, points)
+    if len(snapshots) < len(points) or len({f"{at:.3f}" for at in points}) < len(points):
         raise StudyError(
-            f"{where}: measure.at: {sorted(points)} name the same update twice; {images} images "
-            f"are {images // factors.batch} updates"
+            f"{where}: measure.at: {sorted(points)} name the same update, or agree to three "
+            f"decimals; {images} images are {images // factors.batch} updates"
         )
     for settings in asked:
         if settings.record["ema"] not in factors.weights_ema:
@@ -92,6 +103,8 @@ def check_reference(
         )
     if source.data != factors.data:
         raise StudyError(f"{where}: {name!r} is trained on other data")
+    if (source.sigma.min, source.sigma.max) != (factors.sigma.min, factors.sigma.max):
+        raise StudyError(f"{where}: {name!r} is trained on other noise levels (sigma)")
     if factor == "init" and source.network != factors.network:
         raise StudyError(f"{where}: {name!r} has another network; weights can't be copied")
 
@@ -109,23 +122,39 @@ def check_mixture(data: Mixture, where: str) -> None:
 
 def check_measure(measure: Measure, factors: Factors, where: Where) -> None:
     """Metrics fit the kind of data, the extractor its domain, the samples the references."""
-    kind = factors.data.__struct_config__.tag
-    vectors = isinstance(factors.data, Mixture)
-    for metric in IMAGES if vectors else VECTORS:
-        if getattr(measure, metric):
-            needs = "images" if vectors else "a mixture"
+    data = factors.data
+    kind = data.__struct_config__.tag
+    offered = {"sliced_wasserstein", "mode_mass"} if isinstance(data, Mixture) else {"fid", "kid"}
+    if isinstance(data, Mixture | FittedMixture):
+        offered.add("map_error")
+    for metric, needs in NEEDS.items():
+        if getattr(measure, metric) and metric not in offered:
             raise StudyError(f"{where(metric)}: {metric} needs {needs}; the data are {kind}")
+    for metric in ("fid", "kid", "sliced_wasserstein", "mode_mass"):
+        mid = getattr(getattr(measure, metric), "mid", None)
+        if mid is not None and not factors.sigma.min < mid < factors.sigma.max:
+            raise StudyError(f"{where(f'{metric}.mid')}: {mid} is not between sigma's min and max")
     if measure.kid and not measure.fid and None in (measure.kid.extractor, measure.kid.samples):
         raise StudyError(f"{where('kid')}: needs extractor and samples, or a fid")
-    for metric in IMAGES:
+    real = data.of.__struct_config__.tag if isinstance(data, FittedMixture) else kind
+    for metric in ("fid", "kid"):
         ask = getattr(measure, metric)
-        if ask and ask.extractor and not ask.extractor.startswith(f"{kind}-"):
-            raise StudyError(f"{where(metric)}: {ask.extractor} is not an extractor for {kind}")
-        if ask and ask.samples and ask.samples > HELD_OUT[kind]:
+        if ask and ask.extractor and not ask.extractor.startswith(f"{real}-"):
+            raise StudyError(f"{where(metric)}: {ask.extractor} is not an extractor for {real}")
+        if ask and ask.extractor:
+            extractor_identity(ask.extractor, where(f"{metric}.extractor"))
+        if ask and ask.samples and ask.samples > references_of(data):
             raise StudyError(
                 f"{where(metric)}: {ask.samples} samples; FID and KID compare equal numbers, and "
-                f"{kind} has {HELD_OUT[kind]} held-out images"
+                f"{kind} has {references_of(data)} images to compare with"
             )
+
+
+def references_of(data: Data) -> int:
+    """How many images of one part, training or held out, there are to compare with at least."""
+    if isinstance(data, FittedMixture):
+        return min(data.held_out, data.samples or data.held_out)
+    return HELD_OUT[data.__struct_config__.tag]
 
 
 def check_primary(primary: Primary, recipe: Recipe, where: Where) -> None:

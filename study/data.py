@@ -1,7 +1,8 @@
 """Training data: real images, or mixtures whose population is known.
 
-Images are kept as uint8 (n, C, S, S) and read as x = v / 127.5 - 1 in [-1, 1]; vectors as float32
-(n, d). A data set is finite, or endless: then fresh draws are made as training asks for them.
+Real images are kept as uint8 (n, C, S, S) and read as x = v / 127.5 - 1 in [-1, 1]; draws of a
+mixture as float32, (n, d) or image-shaped. A data set is finite, or endless: then fresh draws are
+made as training asks for them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 
 from study import factors, seeds
-from study.mixtures import GaussianMixture
+from study.lowrank import LowRankMixture
+from study.mixtures import Density, GaussianMixture
 
 EXACT = 65536  # draws of an endless mixture that its digest covers
 
@@ -35,12 +37,12 @@ class Dataset:
     shape: tuple[int, ...]
     std: float
     digest: str
-    density: GaussianMixture | None = None
+    density: Density | None = None
 
     @property
     def images(self) -> bool:
         """Whether x is an image."""
-        return self.held_out.dtype == torch.uint8
+        return len(self.shape) == 3
 
     def fresh(self, count: int, generator: torch.Generator) -> Tensor:
         """New draws of the population (count, ...). Needs a known density."""
@@ -59,12 +61,14 @@ class Dataset:
 
 
 def to_float(x: Tensor) -> Tensor:
-    """uint8 images to [-1, 1]; vectors as they are."""
+    """uint8 images to [-1, 1]; real numbers as they are."""
     return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Images in [-1, 1] to uint8, rounded and clipped."""
+    """Images in [-1, 1] to uint8, rounded and clipped; uint8 images as they are."""
+    if x.dtype == torch.uint8:
+        return x
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -83,6 +87,11 @@ def load(data: factors.Data) -> Dataset:
             return _images(parts["train_images"], parts["test_images"])
         case factors.Mixture():
             return _mixture(data)
+        case factors.FittedMixture():
+            from study import fitted
+
+            density = fitted.density(load(data.of), data.components, data.rank)
+            return _population(data, density, density.shape)
         case _:
             assert_never(data)
 
@@ -94,35 +103,52 @@ def _images(train: np.ndarray, held_out: np.ndarray) -> Dataset:
         images = images[..., None] if images.ndim == 3 else images
         return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
-    x = tensor(train)
+    x, y = tensor(train), tensor(held_out)
     return Dataset(
-        x, tensor(held_out), tuple(x.shape[1:]), float(to_float(x).double().std()), _digest(x)
+        x, y, tuple(x.shape[1:]), float(to_float(x).double().std()), _digest(x, y)
     )
 
 
 def _mixture(data: factors.Mixture) -> Dataset:
-    """A finite sample of the mixture or its endless draws; the same for every seed of a study."""
+    """A Gaussian mixture of vectors."""
     modes = len(data.means)
     std = data.std if isinstance(data.std, tuple) else (data.std,) * modes
     density = GaussianMixture.from_lists(data.means, std, data.weights or (1.0,) * modes)
+    return _population(data, density, (len(data.means[0]),))
+
+
+def _population(
+    data: factors.Mixture | factors.FittedMixture, density: Density, shape: tuple[int, ...]
+) -> Dataset:
+    """A finite sample of the density or its endless draws; the same for every seed of a study."""
 
     def draw(count: int, part: str) -> Tensor:
         return density.sample(count, torch.Generator().manual_seed(seeds.number(0, "data", part)))
 
     train = draw(data.samples, "train") if data.samples else None
+    held_out = draw(data.held_out, "held_out")
+    if train is not None:
+        pinned: tuple[Tensor, ...] = (train,)
+    elif isinstance(density, LowRankMixture):
+        pinned = tuple(density.tensors.values())
+    else:
+        pinned = (draw(EXACT, "train"),)
     return Dataset(
         train,
-        draw(data.held_out, "held_out"),
-        (len(data.means[0]),),
+        held_out,
+        shape,
         float(density.std()) if train is None else float(train.double().std()),
-        _digest(draw(EXACT, "train") if train is None else train),
+        _digest(*pinned, held_out),
         density,
     )
 
 
-def _digest(x: Tensor) -> str:
-    """SHA-256 of shape and values, 16 hex digits."""
-    return hashlib.sha256(str(tuple(x.shape)).encode() + x.numpy().tobytes()).hexdigest()[:16]
+def _digest(*parts: Tensor) -> str:
+    """SHA-256 of the parts' shapes and values, 16 hex digits: what is trained on and held out."""
+    total = hashlib.sha256()
+    for x in parts:
+        total.update(str(tuple(x.shape)).encode() + x.numpy().tobytes())
+    return total.hexdigest()[:16]
 
 
 class Blocks:

@@ -21,6 +21,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 
 from study import schedules, seeds
 from study.data import Dataset
+from study.errors import StudyError
 from study.extractors.load import load as load_extractor
 from study.factors import Sigma
 
@@ -127,12 +128,18 @@ def kid(a: Tensor, b: Tensor) -> float:
 
 
 def references(dataset: Dataset, n: int) -> dict[str, Tensor]:
-    """n training and n held-out images: a fixed choice, the same for every run and study."""
+    """n training and n held-out images: a fixed choice, the same for every run and study. Of
+    endless data the first are n draws of the population, the same on every device."""
     result = {}
     for name, x in (("train", dataset.train), ("held_out", dataset.held_out)):
-        order = torch.randperm(
-            len(x), generator=torch.Generator().manual_seed(seeds.number(0, "reference", name))
-        )
+        generator = torch.Generator().manual_seed(seeds.number(0, "reference", name))
+        if x is None:
+            result[name] = dataset.to(torch.device("cpu")).fresh(n, generator)
+            continue
+        order = torch.randperm(len(x), generator=generator)
+        if len(x) < n:
+            raise StudyError(f"{n} samples asked for, and the data have {len(x)} {name} images to "
+                             "compare them with")  # fmt: skip
         result[name] = x[order[:n].to(x.device)]
     return result
 
@@ -152,7 +159,7 @@ def sliced_wasserstein(a: Tensor, b: Tensor, projections: int) -> float:
 def mode_mass(x: Tensor, means: Tensor, stds: Tensor) -> tuple[np.ndarray, float]:
     """Share of samples nearest (in std) to each mode and within reach of it, and the share between
     modes; in d dimensions a mode's reach is BETWEEN + sqrt(d) - 1 std."""
-    far = torch.cdist(x, means) / stds  # (n, K)
+    far = torch.cdist(x, means, compute_mode="donot_use_mm_for_euclid_dist") / stds  # (n, K)
     near, mode = far.min(1)
     inside = near <= BETWEEN + math.sqrt(x.shape[1]) - 1
     shares = torch.bincount(mode[inside], minlength=len(means)).cpu().numpy() / len(x)

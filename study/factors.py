@@ -13,10 +13,14 @@ from __future__ import annotations
 from typing import Annotated
 
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 Positive = Annotated[float, Meta(gt=0)]
 NonNegative = Annotated[float, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=1)]
+Noise = Annotated[float, Meta(ge=1e-6, le=1e6)]
+Width = Annotated[int, Meta(ge=1, le=65_536)]
+Steps = Annotated[int, Meta(ge=1, le=1_000_000)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 Decay = Annotated[float, Meta(ge=0, lt=1)]
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
@@ -58,17 +62,31 @@ class Mixture(Kind, frozen=True, tag="mixture"):
     held_out: Count = 2048
 
 
+class FittedMixture(Kind, frozen=True, tag="fitted_mixture"):
+    """Image-sized data of known density: a mixture of Gaussians, of covariance rank-q plus
+    diagonal, fitted to an image data set. Its images are real numbers, drawn from the mixture.
+
+    samples: size of the finite training sample; null draws without end. held_out: test sample.
+    """
+
+    of: Digits | FashionMnist
+    components: Annotated[int, Meta(ge=1, le=1000)] = 60
+    rank: Annotated[int, Meta(ge=1, le=32)] = 8
+    samples: Count | None = None
+    held_out: Count = 400
+
+
 class Mlp(Kind, frozen=True, tag="mlp"):
     """A multilayer perceptron for vectors."""
 
-    width: Count = 128
-    depth: Count = 3
+    width: Width = 128
+    depth: Annotated[int, Meta(ge=1, le=64)] = 3
 
 
 class Unet(Kind, frozen=True, tag="unet"):
     """A U-Net for square images; `levels` resolutions, channels doubled once below the first."""
 
-    width: Annotated[int, Meta(ge=4, multiple_of=4)] = 32
+    width: Annotated[int, Meta(ge=4, le=4096, multiple_of=4)] = 32
     levels: Annotated[int, Meta(ge=1, le=6)] = 2
     blocks: Annotated[int, Meta(ge=1, le=8)] = 1
 
@@ -133,23 +151,23 @@ class Euler(Kind, frozen=True, tag="euler"):
 class Fixed(Kind, frozen=True, tag="fixed"):
     """N grid points throughout."""
 
-    N: Annotated[int, Meta(ge=2)]
+    N: Annotated[int, Meta(ge=2, le=1_000_000)]
 
 
 class Doubling(Kind, frozen=True, tag="doubling"):
     """iCT: N = min(s0 2^floor(k / K'), s1) + 1 grid points, doubled at equal shares of
     training."""
 
-    s0: Count = 10
-    s1: Count = 1280
+    s0: Steps = 10
+    s1: Steps = 1280
 
 
 class LognormalGrid(Kind, frozen=True, tag="lognormal_grid"):
     """iCT: ln sigma ~ N(P_mean, P_std^2) on [sigma_min, sigma_max]; (r, t) are the ends of the
     grid interval it falls in. Where nothing is discretised t is sigma itself."""
 
-    P_mean: float = -1.1
-    P_std: Positive = 2.0
+    P_mean: Annotated[float, Meta(ge=-10, le=10)] = -1.1
+    P_std: Annotated[float, Meta(ge=0.01, le=100)] = 2.0
 
 
 class InverseStep(Kind, frozen=True, tag="inverse_step"):
@@ -188,13 +206,13 @@ class Budget(Value, frozen=True):
 class Sigma(Value, frozen=True):
     """Noise levels [min, max], the grid's rho, and sigma_data (null: measured, global std)."""
 
-    min: Positive = 0.002
-    max: Positive = 80.0
-    rho: Positive = 7.0
+    min: Noise = 0.002
+    max: Noise = 80.0
+    rho: Annotated[float, Meta(ge=1, le=100)] = 7.0
     data: Positive | None = None
 
 
-Data = Digits | FashionMnist | Mixture
+Data = Digits | FashionMnist | Mixture | FittedMixture
 Network = Mlp | Unet
 Objective = Consistency | Denoising
 Score = SingleSample | Teacher | Empirical | Analytic
@@ -225,12 +243,25 @@ class Factors(Value, frozen=True):
     distance: Distance = PseudoHuber()
     dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     optimizer: Optimizer = Adam()
-    batch: Count = 128
+    batch: Annotated[int, Meta(ge=1, le=1_000_000)] = 128
     weights_ema: Annotated[
-        tuple[Annotated[float, Meta(gt=0, lt=0.28)], ...], Meta(min_length=1)
+        tuple[Annotated[float, Meta(ge=0.001, le=0.25)], ...], Meta(min_length=1)
     ] = (0.05, 0.1)
     sigma: Sigma = Sigma()
     data_stream: Annotated[int, Meta(ge=0, le=2**31)] = 0
+
+
+def simplest(data: Data) -> Data:
+    """The same data in fewest words: one std for equal ones, no weights for equal ones."""
+    if not isinstance(data, Mixture):
+        return data
+    std = data.std
+    if isinstance(std, tuple) and len(std) == len(data.means) and len(set(std)) == 1:
+        std = std[0]
+    weights = data.weights
+    if weights and len(weights) == len(data.means) and len(set(weights)) == 1:
+        weights = None
+    return replace(data, std=std, weights=weights)
 
 
 def ignored(factors: Factors) -> tuple[str, ...]:

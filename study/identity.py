@@ -56,7 +56,16 @@ def difference(value: object) -> object:
 
 def canonical(factors: Factors, ids: Mapping[str, str]) -> dict:
     """What of the factors enters the id. ids: referenced run's id by the factor that names it."""
-    plain = difference(factors)
+    return _read(difference(factors), factors, ids)
+
+
+def complete(factors: Factors, ids: Mapping[str, str]) -> dict:
+    """All factors that the run reads, defaults written out, references by id: for its run.json."""
+    return _read(msgspec.to_builtins(factors), factors, ids)
+
+
+def _read(plain: dict, factors: Factors, ids: Mapping[str, str]) -> dict:
+    """Plain factors without those the objective never reads, references by id."""
     for name in ignored(factors):
         plain.pop(name, None)
     for name, reference in ids.items():

@@ -11,8 +11,10 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
+from study.entry import main
 from study.errors import StudyError
 from study.progress import Display
 from study.spec import Run
@@ -56,9 +58,11 @@ class Launcher:
         retry: bool = False,
     ) -> None:
         self.store, self.slots, self.display = store, slots, display
-        self.all, states = store.study.unique, store.states()
+        self.all, states = store.study.unique, store.states(thorough=True)
         skip = {"done"} if retry else {"done", "failed"}
         self.waiting = {r.id: r for r in wanted if states[r.id] not in skip}
+        self.active: dict[int, tuple[Run, multiprocessing.process.BaseProcess]] = {}
+        self.foreign: dict[str, float] = {}  # runs that another launcher has: when to look again
         self.stopping = False
 
     def stop(self, *_: object) -> None:
@@ -83,6 +87,8 @@ class Launcher:
         if deadline is not None:  # an alarm, which the worker takes as a request to stop
             signal.setitimer(signal.ITIMER_REAL, max(1e-3, deadline - time.monotonic()))
         while not self.stopping and (run := self._next(lambda run: False)):
+            if deadline is not None and time.monotonic() > deadline:
+                return
             self.display.started(run)
             result = worker.work(run, self.all, self.store.folders, self.slots[0])
             self.stopping |= result == worker.STOPPED
@@ -95,60 +101,71 @@ class Launcher:
         return None
 
     def _pool(self, deadline: float | None) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["study.worker"])
-        active: dict[int, tuple[Run, multiprocessing.process.BaseProcess]] = {}
-        foreign: dict[str, float] = {}  # run id -> when to look again
+        """One process per run, as many at once as there are slots."""
         told = False
-        while active or (self.waiting and not self.stopping):
-            if deadline is not None and time.monotonic() > deadline:
-                self.stopping = True
-            if self.stopping and not told:
-                for _, process in active.values():
-                    process.terminate()  # SIGTERM: save at the next step boundary
-                told = True
-            for slot in range(len(self.slots)):
-                if slot in active or self.stopping:
-                    continue
-                run = self._next(lambda r: foreign.get(r.id, 0) > time.monotonic())
-                if run is None:
-                    break
-                from study.entry import main
+        # A terminal sends Ctrl-C to every process; only the launcher listens, and passes it on.
+        resource_tracker.ensure_running()  # first: it unblocks the signal itself
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        multiprocessing.set_forkserver_preload(["study.worker"])
+        forkserver.ensure_running()  # it and its children inherit the mask
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        try:
+            while self.active or (self.waiting and not self.stopping):
+                self.stopping |= deadline is not None and time.monotonic() > deadline
+                if self.stopping and not told:
+                    self._terminate()  # SIGTERM: save at the next step boundary
+                    told = True
+                if not self.stopping:
+                    self._fill()
+                time.sleep(POLL)
+                for slot, (run, process) in list(self.active.items()):
+                    if process.is_alive():
+                        self.display.progress(run, self.store.folders[run.id].progress())
+                    else:
+                        process.join()
+                        del self.active[slot]
+                        self._ended(run, process.exitcode)
+                ready = self.store.ready(self.waiting.values())
+                if not self.active and not self.foreign and not any(ready):
+                    return  # what waits needs a source that failed or diverged
+        finally:
+            self._terminate()
 
-                process = context.Process(
-                    target=main,
-                    args=(run, self._sources(run), self._folders(run), self.slots[slot]),
-                )
-                process.start()
-                active[slot] = (run, process)
-                self.display.started(run)
-            time.sleep(POLL)
-            for slot, (run, process) in list(active.items()):
-                if process.is_alive():
-                    self.display.progress(run, self.store.folders[run.id].progress())
-                    continue
-                process.join()
-                del active[slot]
-                self._ended(run, process.exitcode, foreign)
-            if not active and not foreign and not any(self.store.ready(self.waiting.values())):
-                return  # what waits needs a source that failed or diverged
+    def _terminate(self) -> None:
+        for _, process in self.active.values():
+            process.terminate()
 
-    def _ended(self, run: Run, code: int, foreign: dict[str, float]) -> None:
+    def _fill(self) -> None:
+        """Starts a ready run in every free slot."""
+        context = multiprocessing.get_context("forkserver")
+        for slot, device in enumerate(self.slots):
+            if slot in self.active:
+                continue
+            run = self._next(lambda r: self.foreign.get(r.id, 0) > time.monotonic())
+            if run is None:
+                return
+            folders = {i: self.store.folders[i] for i in (run.id, *run.refs.values())}
+            sources = {i: self.all[i] for i in run.refs.values()}
+            process = context.Process(target=main, args=(run, sources, folders, device))
+            process.start()
+            self.active[slot] = (run, process)
+            self.display.started(run)
+
+    def _ended(self, run: Run, code: int) -> None:
         """Takes note of a process that is gone, also of one that could not say why."""
         folder = self.store.folders[run.id]
         if code == BUSY:
             self.waiting[run.id] = run
-            foreign[run.id] = time.monotonic() + FOREIGN
+            self.foreign[run.id] = time.monotonic() + FOREIGN
             return self.display.ended(run, None)
-        foreign.pop(run.id, None)
-        if folder.state(run) in ("pending", "interrupted") and code != STOPPED:
+        self.foreign.pop(run.id, None)
+        lost = folder.state(run) in ("pending", "interrupted") and code != STOPPED
+        if lost and not self.stopping:  # a child that was asked to stop may die before it can hear
             why = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
             row = {"event": "end", "time": now(), "reason": f"the process was lost: {why}"}
-            append_line(folder.file("attempts.jsonl"), row)
+            try:
+                folder.path.mkdir(parents=True, exist_ok=True)
+                append_line(folder.file("attempts.jsonl"), row)
+            except OSError as error:  # full or read-only: say it here, since the folder can't
+                self.display.console.print(f"{folder.path}: {row['reason']}; {error}")
         self.display.ended(run, folder.state(run))
-
-    def _sources(self, run: Run) -> dict[str, Run]:
-        return {i: self.all[i] for i in run.refs.values()}
-
-    def _folders(self, run: Run) -> dict:
-        return {i: self.store.folders[i] for i in (run.id, *run.refs.values())}

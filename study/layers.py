@@ -68,7 +68,9 @@ def read_file(path: Path) -> dict:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise StudyError(f"{path}: cannot be read: {reason}") from None
+        near = [p for p in Path("sweeps").glob("*.yaml") if p.stem == path.stem]
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise StudyError(f"{path}: cannot be read: {reason}{hint}") from None
     return mapping(read_yaml(text, str(path)), str(path))
 
 
@@ -133,7 +135,7 @@ class Layered:
             merges = (
                 isinstance(value, dict)
                 and isinstance(old, dict)
-                and value.get("kind", old.get("kind")) == old.get("kind")
+                and value.get("kind") in (None, old.get("kind", self._default_kind(key)))
             )
             self.values[key] = {**old, **value} if merges else value
             if not merges:
@@ -142,6 +144,10 @@ class Layered:
             self.origin |= {path: f"{where}.{path}" for path in fields}
             paths += fields
         return paths
+
+    def _default_kind(self, key: str) -> str | None:
+        config = getattr(self.defaults[key], "__struct_config__", None)
+        return config.tag if config else None
 
     def _expand(self, key: str, given: Any) -> Any:  # noqa: ANN401
         """The shorthands, for a factor that has kinds; dotted keys in any mapping."""
@@ -178,15 +184,20 @@ class Layered:
                     f"{self.where(key)}: {value!r} given; a kind or a mapping expected "
                     f"({nearest('', kinds)})"
                 )
-            default = getattr(self.defaults.get(key), "__struct_config__", None)
-            value = {"kind": default.tag, **value} if default else value
-            if value.get("kind") not in kinds:
-                raise StudyError(
-                    f"{self.where(key)}: kind {value.get('kind')!r}; "
-                    f"{nearest(value.get('kind'), kinds)}"
-                )
+            default = self._default_kind(key)
+            value = {"kind": default, **value} if default else value
+            value = chosen(value, kinds, self.where(key))
             return convert(value, kinds[value["kind"]], lambda sub: self.where(f"{key}{sub}"))
         return convert(value, self.types[key], lambda sub: self.where(f"{key}{sub}"))
+
+
+def chosen(value: object, kinds: Mapping[str, type], where: str) -> object:
+    """A factor's value as a mapping that names one of its kinds. Raises StudyError for others."""
+    value = {"kind": value} if isinstance(value, str) else value
+    kind = value.get("kind") if isinstance(value, dict) else value
+    if not isinstance(kind, str) or kind not in kinds:
+        raise StudyError(f"{where}: kind {kind!r}; {nearest(kind, kinds)}")
+    return value
 
 
 def convert(value: Any, kind: Any, where: typing.Callable[[str], str]) -> Any:  # noqa: ANN401
@@ -199,6 +210,8 @@ def convert(value: Any, kind: Any, where: typing.Callable[[str], str]) -> Any:  
         for name, field in fields.items():
             if field.required and name not in value:
                 raise StudyError(f"{where('')}: needs {name!r}")
+            if name in value and (kinds := tags(field.type)):  # a value in a value
+                value = {**value, name: chosen(value[name], kinds, where(f".{name}"))}
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:

@@ -119,7 +119,8 @@ def values(snapshot: Snapshot, record: Mapping[str, Any]) -> dict[str, Any]:
 def reference_features(dataset: Dataset, n: int, name: str) -> dict[str, Tensor]:
     """Features of the reference images, n of each part."""
     return {
-        part: evaluate.features(x, name) for part, x in evaluate.references(dataset, n).items()
+        part: evaluate.features(to_uint8(x.to(dataset.held_out.device)), name)
+        for part, x in evaluate.references(dataset, n).items()
     }
 
 
@@ -135,7 +136,7 @@ def measure(
     folder = lookup(run.id)
     points = {s["at"]: s["images"] for s in folder.trained["snapshots"]}
     snapshot = cache(lambda at, ema: Snapshot(run, folder, dataset, device, at, ema))
-    for settings in folder.due(run):
+    for settings in folder.due(run, thorough=True):
         if stop():
             return False
         start, record = time.perf_counter(), settings.record

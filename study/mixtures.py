@@ -13,9 +13,9 @@ therefore available without any training error, at every noise level.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -27,6 +27,31 @@ MIN_STEPS = 256
 BISECTIONS = 64  # brings any bracket below the spacing of float64
 
 Level = float | Tensor  # a noise level: one number, or one per row, (B,)
+
+
+class Density(Protocol):
+    """A population that is known at every noise level; x_t (B, ...), t a float or (B,)."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same density on another device."""
+
+    def std(self) -> float:
+        """The standard deviation of all coordinates pooled."""
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draws of the data (n, ...)."""
+
+    def denoiser(self, x_t: Tensor, t: Level) -> Tensor:
+        """E[x | x_t] (B, ...)."""
+
+    def posterior_variance(self, x_t: Tensor, t: Level) -> Tensor:
+        """Tr Cov[x | x_t] (B,)."""
+
+    def posterior_sample(self, x_t: Tensor, t: Level, generator: torch.Generator) -> Tensor:
+        """One exact draw of x given each x_t (B, ...)."""
+
+    def ode_map(self, x_t: Tensor, t: Level, r: Level) -> Tensor:
+        """x_t carried from level t to r along the probability-flow ODE (B, ...)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,16 +119,16 @@ class GaussianMixture:
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """Draw n points of the data, (n, d)."""
         k = torch.multinomial(self.log_weights.exp(), n, replacement=True, generator=generator)
-        z = _normal((n, self.means.shape[1]), self.means, generator)
+        z = normal((n, self.means.shape[1]), self.means, generator)
         return self.means[k] + self.stds[k, None] * z
 
     def log_density(self, x_t: Tensor, t: Level) -> Tensor:
         """log p_t(x_t) in nats, (B,)."""
-        return self._log_joint(x_t, _column(t, x_t)).logsumexp(1)
+        return self._log_joint(x_t, column(t, x_t)).logsumexp(1)
 
     def score(self, x_t: Tensor, t: Level) -> Tensor:
         """grad log p_t(x_t) = sum_k g_k (m_k - x_t) / (s_k^2 + t^2), (B, d)."""
-        t = _column(t, x_t)
+        t = column(t, x_t)
         pull = self._log_joint(x_t, t).softmax(1) / (self.stds**2 + t**2)  # (B, K)
         return torch.einsum("bk,bkd->bd", pull, self.means - x_t[:, None])
 
@@ -132,7 +157,7 @@ class GaussianMixture:
         k = torch.multinomial(g, 1, generator=generator)  # (B, 1)
         centre = centres.take_along_dim(k[:, :, None], 1)[:, 0]
         spread = c.expand_as(g).take_along_dim(k, 1).sqrt()
-        return centre + spread * _normal(x_t.shape, x_t, generator)
+        return centre + spread * normal(x_t.shape, x_t, generator)
 
     def ode_map(self, x_t: Tensor, t: Level, r: Level, steps: int = MIN_STEPS) -> Tensor:
         """Carry x_t from level t to level r along dx/dt = -t score(x, t), (B, d).
@@ -142,10 +167,8 @@ class GaussianMixture:
         Otherwise: Heun with the closed score on a rho = 7 grid of `steps` steps (error of order
         steps^-2; at least 256, else ValueError). All of it in float64, returned in x_t's dtype.
         """
-        if steps < MIN_STEPS:
-            raise ValueError(f"ode_map: steps must be at least {MIN_STEPS}, got {steps}")
         x = x_t.double()
-        t, r = _column(t, x), _column(r, x)
+        t, r = column(t, x), column(r, x)
         mixture = self.to(dtype=torch.float64)
         growth = ((mixture.stds**2 + r**2) / (mixture.stds**2 + t**2)).sqrt()  # (B, K)
         alone = mixture.means + growth[:, :, None] * (x[:, None] - mixture.means)  # (B, K, d)
@@ -155,7 +178,7 @@ class GaussianMixture:
             # Each component's own map keeps its own quantile, so the outermost two are a bracket.
             x = mixture._match_quantile(x, t, r, alone.amin(1), alone.amax(1))
         else:
-            x = mixture._heun(x, t, r, steps)
+            x = heun(mixture.score, x, t, r, steps)
         return x.to(x_t.dtype)
 
     def _log_joint(self, x_t: Tensor, t: Tensor) -> Tensor:
@@ -170,7 +193,7 @@ class GaussianMixture:
 
     def _posterior(self, x_t: Tensor, t: Level) -> tuple[Tensor, Tensor, Tensor]:
         """g_k (B, K), M_k (B, K, d) and c_k (B or 1, K)."""
-        t = _column(t, x_t)
+        t = column(t, x_t)
         noise_share = t**2 / (self.stds**2 + t**2)
         data_share = self.stds**2 / (self.stds**2 + t**2)
         centres = noise_share[:, :, None] * self.means + data_share[:, :, None] * x_t[:, None]
@@ -203,23 +226,33 @@ class GaussianMixture:
         sign = (gained - missing).sign()
         return sign, torch.where(sign == 0, 0.0, sign * size)
 
-    def _heun(self, x: Tensor, t: Tensor, r: Tensor, steps: int) -> Tensor:
-        """Heun's method from t to r; -t score stays finite at t = 0, unlike (x - D) / t."""
-        for i in range(steps):
-            here, there = (
-                (t ** (1 / RHO) + j / steps * (r ** (1 / RHO) - t ** (1 / RHO))) ** RHO
-                for j in (i, i + 1)
-            )
-            slope = -here * self.score(x, here)
-            ahead = -there * self.score(x + (there - here) * slope, there)
-            x = x + (there - here) * (slope + ahead) / 2
-        return x
+
+def heun(
+    score: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, r: Tensor, steps: int
+) -> Tensor:
+    """Heun's method for dx/dt = -t score(x, t) from level t to r, both (B or 1, 1), on a rho = 7
+    grid. Raises ValueError for fewer than 256 steps.
+
+    -t score stays finite at t = 0, unlike (x - D) / t.
+    """
+    if steps < MIN_STEPS:
+        raise ValueError(f"ode_map: steps must be at least {MIN_STEPS}, got {steps}")
+    for i in range(steps):
+        here, there = (
+            (t ** (1 / RHO) + j / steps * (r ** (1 / RHO) - t ** (1 / RHO))) ** RHO
+            for j in (i, i + 1)
+        )
+        slope = -here * score(x, here)
+        ahead = -there * score(x + (there - here) * slope, there)
+        x = x + (there - here) * (slope + ahead) / 2
+    return x
 
 
-def _column(t: Level, like: Tensor) -> Tensor:
+def column(t: Level, like: Tensor) -> Tensor:
     """A noise level as (B, 1) or (1, 1), beside `like`."""
     return t.to(like).reshape(-1, 1) if isinstance(t, Tensor) else like.new_full((1, 1), t)
 
 
-def _normal(shape: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:
+def normal(shape: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal noise with the dtype and device of `like`."""
     return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)

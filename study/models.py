@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from study import data, networks
 from study.consistency import Problem, consistency, denoiser
 from study.data import Dataset
+from study.errors import StudyError
 from study.factors import (
     Adam,
     Analytic,
@@ -28,9 +29,29 @@ from study.factors import (
 from study.scores import Knowledge, Posterior
 from study.spec import Run
 from study.store import Folder
-from study.weights import weights_at
+from study.weights import snapshot_name, weights_at
 
 Lookup = Callable[[str], Folder]  # a run's folder by its id
+
+
+def check_inputs(run: Run, lookup: Lookup, dataset: Dataset) -> dict[str, str]:
+    """SHA-256 of the final snapshot of each run that this one reads, by id.
+
+    Raises StudyError where a finished run, this one or a source, was trained on other data.
+    """
+    inputs = {}
+    for name in (run.id, *run.refs.values()):
+        trained = lookup(name).trained
+        if trained is None:
+            continue
+        if trained["data_digest"] != dataset.digest:
+            raise StudyError(
+                f"{lookup(name).path}: trained on data {trained['data_digest']}, and the data are "
+                f"now {dataset.digest}; bring the old data back, or remove the folder"
+            )
+        if name != run.id:
+            inputs[name] = trained["sha256"][snapshot_name(1.0)]
+    return inputs
 
 
 def level_range(factors: Factors, dataset: Dataset) -> Sigma:

@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from study.checks import check_measure, check_primary, check_recipe
 from study.errors import StudyError, nearest
-from study.factors import Budget, Factors, references
+from study.factors import Budget, Factors, references, simplest
 from study.identity import run_id
 from study.layers import Layered, mapping, read_file, read_yaml
 from study.settings import Measure, score_settings, settings_of
@@ -77,8 +77,11 @@ class Resolver:
         return mapping(self.tree.get(key), f"{self.file}: {key}")
 
     def _named(self, key: str) -> dict[str, dict]:
-        section = self._section(key)
-        for name in section:
+        section = self.tree.get(key)
+        section = {} if section is None else section
+        if not isinstance(section, dict):
+            raise StudyError(f"{self.file}: {key}: {section!r} given, a mapping of names expected")
+        for name in section:  # names, so their dots are not paths
             if not NAME.fullmatch(name):
                 raise StudyError(
                     f"{self.file}: {key}.{name}: a name has letters, digits, '.', "
@@ -139,7 +142,9 @@ class Resolver:
         origin = own.pop("from", None)
         if origin is None:
             return [(where, own)]
-        preset = str(origin).removeprefix("preset:")
+        if not isinstance(origin, str):
+            raise StudyError(f"{self.file}: {where}.from: {origin!r} given; one name expected")
+        preset = origin.removeprefix("preset:")
         if origin in self.variants or origin in self.sources:
             group, key = (
                 (self.variants, "variants")
@@ -171,9 +176,11 @@ class Resolver:
                         f"{self.file}: {where}.{path}: cell {cell!r} sets this key, so "
                         "no variant may; only sources override a cell"
                     )
+        if role == "teacher" and charge:
+            raise StudyError(f"{self.file}: {key}.{name}.charge: only variants pay for sources")
         if not (
             isinstance(charge, list | tuple)
-            and all(c in self.sources for c in charge)
+            and all(isinstance(c, str) and c in self.sources for c in charge)
             and len(set(charge)) == len(charge)
         ):
             raise StudyError(
@@ -181,6 +188,7 @@ class Resolver:
                 f"sources expected ({nearest('', self.sources)})"
             )
         factors = layered.build()
+        factors = msgspec.structs.replace(factors, data=simplest(factors.data))
         return Recipe(
             name,
             role,
@@ -260,15 +268,15 @@ class Resolver:
         for name in (*self.sources, *self.variants):
             yield from visit(name, ())
 
-    def _run(self, recipe: Recipe, seed: int, asked: set[str]) -> Run:
+    def _run(self, recipe: Recipe, seed: int, asked: set[tuple[str, str]]) -> Run:
         """The run, with its id. asked: score errors that an earlier run measures already."""
         ids = {f: self.ids[n, recipe.cell, seed] for f, n in references(recipe.factors).items()}
         name = run_id(recipe.factors, ids, recipe.role, seed)
         self.ids[recipe.name, recipe.cell, seed] = name
         measures = list(settings_of(recipe.measure, recipe.factors, recipe.role))
         score = score_settings(recipe.measure, recipe.factors, ids)
-        if score and recipe.role == "student" and score.file not in asked:
-            asked.add(score.file)
+        if score and recipe.role == "student" and (recipe.cell, score.file) not in asked:
+            asked.add((recipe.cell, score.file))
             measures.append(score)
         charged = tuple(self.ids[c, recipe.cell, seed] for c in recipe.charge)
         return Run(recipe, seed, name, ids, charged, tuple(measures))
@@ -293,7 +301,8 @@ class Resolver:
             recipe = table[primary.variant, cell]
             if primary.ema is None:
                 primary = msgspec.structs.replace(primary, ema=recipe.factors.weights_ema[0])
-            check_primary(primary, recipe, layered.where)
+            for side in (recipe, table[primary.against, cell]):
+                check_primary(primary, side, layered.where)
             result[cell] = primary
         return result
 

@@ -1,7 +1,8 @@
 """Runs a study: trains and measures what is missing, and says where the report goes.
 
 The command that starts a study resumes, extends and repairs it. Exit status: 0 all done; 1 a run
-failed; 2 something in the study file or the command has to be mended; 3 work is left.
+failed, or waits for a source that did; 2 the study file or the command has to be mended; 3 work is
+left.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from study.errors import StudyError
+from study.errors import StudyError, nearest
+from study.factors import FashionMnist
 from study.launch import Launcher, devices
 from study.progress import Display, label, state_table
 from study.resolve import load
@@ -79,17 +81,25 @@ def chosen(study: Study, pattern: str | None) -> list[Run]:
     """The runs that match, and those they need, in the study's order."""
     if pattern is None:
         return list(study.unique.values())
-    named = [r.id for r in study.runs if fnmatch(label(r), pattern)]
+    named = [r.id for r in study.runs if fnmatch(label(r), pattern) or fnmatch(r.folder, pattern)]
     if not named:
-        raise StudyError(
-            f"--only {pattern}: no run matches; runs are called {label(study.runs[-1])}, say"
-        )
+        labels = [label(r) for r in study.runs]
+        raise StudyError(f"--only {pattern}: no run matches; {nearest(pattern, labels)}")
     wanted: set[str] = set()
     while named:
         run = study.unique[named.pop()]
         wanted.add(run.id)
         named += [i for i in (*run.refs.values(), *run.charged) if i not in wanted]
     return [r for r in study.unique.values() if r.id in wanted]
+
+
+def fetch_data(study: Study) -> None:
+    """Finds or downloads files that the data need, once, before any process asks for them."""
+    for data in {r.recipe.factors.data for r in study.runs}:
+        if isinstance(data, FashionMnist):
+            from study import fashion_mnist  # numpy, which --plan and --status do without
+
+            fashion_mnist.load(None if data.root is None else Path(data.root))
 
 
 def show_plan(console: Console, store: Store, wanted: list[Run]) -> None:
@@ -125,6 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if not options.status:
             slots = devices(options.device, options.workers)
+            fetch_data(study)
             store.write_study(options.study)
             done = {i for i, s in store.states().items() if s == "done"}
             display = Display(console, wanted, done)
@@ -144,7 +155,8 @@ def summary(console: Console, store: Store, wanted: list[Run]) -> int:
     """The state table, failures with reason and log, the next command; returns the exit status."""
     states = store.states()
     console.print(state_table(store.study, states))
-    counts = Counter(states[r.id] for r in wanted)
+    blocked = {r.id: w for r in wanted if states[r.id] == "pending" and (w := store.blocked(r))}
+    counts = Counter("blocked" if r.id in blocked else states[r.id] for r in wanted)
     console.print(", ".join(f"{n} {state}" for state, n in counts.items()), highlight=False)
     for run in wanted:
         folder = store.folders[run.id]
@@ -158,13 +170,17 @@ def summary(console: Console, store: Store, wanted: list[Run]) -> int:
             )
         elif (folder.trained or {}).get("outcome") == "diverged":
             console.print(f"diverged: {label(run)}: {folder.trained['reason']}", highlight=False)
+        elif run.id in blocked:
+            console.print(f"blocked: {label(run)}: {blocked[run.id]}", highlight=False)
     console.print(
         f"report: python analysis/report.py {store.path}  ->  "
         f"{store.path / 'report' / 'report.html'}",
         highlight=False,
         soft_wrap=True,
     )
-    return 1 if counts["failed"] else 0 if counts["done"] == len(wanted) else 3
+    if counts["failed"] or blocked:
+        return 1
+    return 0 if counts["done"] == len(wanted) else 3
 
 
 if __name__ == "__main__":

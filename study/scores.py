@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from study.factors import Analytic, Empirical, Score, SingleSample, Teacher
-from study.mixtures import GaussianMixture
+from study.mixtures import Density
 
 CHUNK = 1 << 26  # entries of one block of logits
 FEW = 32  # dimensions
@@ -98,7 +98,7 @@ class Knowledge:
 
     teacher: Denoiser | None = None
     posterior: Posterior | None = None
-    density: GaussianMixture | None = None
+    density: Density | None = None
 
 
 def estimate(score: Score, known: Knowledge, x: Tensor, x_t: Tensor, t: Tensor) -> Tensor:

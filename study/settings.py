@@ -9,7 +9,7 @@ file. Variants are measured along training, sources at their end only; a denoisi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +19,6 @@ from msgspec import Meta
 from study.errors import StudyError, nearest
 from study.factors import (
     Consistency,
-    Count,
     Denoising,
     Factors,
     Frozen,
@@ -36,14 +35,19 @@ Steps = Annotated[tuple[Annotated[int, Meta(ge=1, le=2)], ...], Meta(min_length=
 Lengths = Annotated[tuple[float, ...], Meta(min_length=1)]
 
 
+Levels = Annotated[int, Meta(ge=2, le=1000)]
+Draws = Annotated[int, Meta(ge=1, le=100)]
+Samples = Annotated[int, Meta(ge=8, le=1_000_000)]
+
+
 class Fid(Value, frozen=True):
     """Frechet distance in the features of a named extractor, mean over sampling draws."""
 
     extractor: str
-    samples: Annotated[int, Meta(ge=2)]
+    samples: Samples
     nfe: Steps = (1, 2)
     mid: Positive = 0.821  # noise level of the second step (ECT's for CIFAR-10)
-    draws: Count = 3
+    draws: Draws = 3
     ema: Lengths | None = None  # null: the first of weights_ema
     at: Points | None = None
 
@@ -52,10 +56,10 @@ class Kid(Value, frozen=True):
     """Kernel distance (unbiased, may be negative), one subset of all n; null: as in `fid`."""
 
     extractor: str | None = None
-    samples: Annotated[int, Meta(ge=2)] | None = None
+    samples: Samples | None = None
     nfe: Steps | None = None
     mid: Positive | None = None
-    draws: Count | None = None
+    draws: Draws | None = None
     ema: Lengths | None = None
     at: Points | None = None
 
@@ -63,11 +67,11 @@ class Kid(Value, frozen=True):
 class SlicedWasserstein(Value, frozen=True):
     """Sliced Wasserstein-2 distance of vector samples to as many fresh draws of the data."""
 
-    samples: Count = 2048
+    samples: Samples = 2048
     nfe: Steps = (1, 2)
     mid: Positive = 0.821
-    draws: Count = 3
-    projections: Count = 128
+    draws: Draws = 3
+    projections: Annotated[int, Meta(ge=1, le=10_000)] = 128
     ema: Lengths | None = None
     at: Points | None = None
 
@@ -75,10 +79,10 @@ class SlicedWasserstein(Value, frozen=True):
 class ModeMass(Value, frozen=True):
     """Share of samples per mode of a mixture, and between modes (over 3 std from all of them)."""
 
-    samples: Count = 2048
+    samples: Samples = 2048
     nfe: Steps = (1, 2)
     mid: Positive = 0.821
-    draws: Count = 3
+    draws: Draws = 3
     ema: Lengths | None = None
     at: Points | None = None
 
@@ -86,8 +90,8 @@ class ModeMass(Value, frozen=True):
 class MapError(Value, frozen=True):
     """RMS distance of f(x_t, t) to the exact consistency map of a mixture, over noise levels."""
 
-    sigmas: Count = 8
-    samples: Count = 512
+    sigmas: Levels = 8
+    samples: Samples = 512
     ema: Lengths | None = None
     at: Points | None = None
 
@@ -95,8 +99,8 @@ class MapError(Value, frozen=True):
 class ScoreError(Value, frozen=True):
     """Variance and error of the variant's estimate of E[x | x_t], per noise level."""
 
-    sigmas: Annotated[int, Meta(ge=2)] = 12
-    samples: Annotated[int, Meta(ge=8)] = 2048
+    sigmas: Levels = 12
+    samples: Samples = 2048
 
 
 class Measure(Value, frozen=True):
@@ -124,12 +128,12 @@ class Settings:
         return f"{self.at:.3f}-{self.record['kind']}-{digest(self.record, 8)}.json"
 
 
-def extractor_identity(name: str) -> str:
+def extractor_identity(name: str, where: str = "extractor") -> str:
     """NAME:DIGEST of a shipped extractor's weights. Raises StudyError for an unknown name."""
     path = EXTRACTORS / f"{name}.pt"
     known = [p.stem for p in EXTRACTORS.glob("*.pt")]
     if name not in known:
-        raise StudyError(f"extractor {name!r}; {nearest(name, known)}")
+        raise StudyError(f"{where}: {name!r}; {nearest(name, known)}")
     return f"{name}:{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
 
 
@@ -161,6 +165,11 @@ def settings_of(measure: Measure, factors: Factors, role: str) -> Iterator[Setti
                         yield Settings(
                             at, record | ({"reference": reference} if reference else {})
                         )
+
+
+def snapshot_points(measure: Measure, asked: Iterable[Settings], role: str) -> set[float]:
+    """Shares of the budget at which a run keeps a snapshot: sources only at their end."""
+    return {*(measure.at if role == "student" else ()), *(s.at for s in asked), 1.0}
 
 
 def score_settings(measure: Measure, factors: Factors, ids: Mapping[str, str]) -> Settings | None:

@@ -12,7 +12,7 @@ import json
 import os
 import socket
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -56,18 +56,26 @@ def read_json(path: Path) -> Any | None:  # noqa: ANN401
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The rows of a line log; a last line cut short by a crash is left out."""
+    """The rows of a line log; a line that a crash cut short is left out."""
     try:
         text = path.read_text()
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    rows = []
+    for line in text.splitlines():
+        with suppress(ValueError):  # a torn line: what it would have said is lost
+            rows.append(json.loads(line))
+    return rows
 
 
 def append_line(path: Path, row: Mapping[str, object]) -> None:
-    """Adds one row to a line log."""
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    """Adds one row to a line log, on a line of its own also after a torn one."""
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            torn = file.read(1) != b"\n"
+            file.write(b"\n" * torn)
+        file.write(json.dumps(row).encode() + b"\n")
 
 
 def sha256(path: Path) -> str:
@@ -134,8 +142,11 @@ class Folder:
         lock.release()
         return False
 
-    def due(self, run: Run) -> list:
-        """Settings asked of the run at points it has a snapshot for, and not yet measured."""
+    def due(self, run: Run, thorough: bool = False) -> list:
+        """Settings asked of the run at points it has a snapshot for, and not yet measured.
+
+        thorough: a measurement that cannot be read is due again.
+        """
         trained = self.trained
         if trained is None or trained["outcome"] != "trained":
             return []
@@ -143,22 +154,31 @@ class Folder:
         return [
             m
             for m in run.measures
-            if m.at in points and not self.file(f"measures/{m.file}").exists()
+            if m.at in points and not self._measured(self.file(f"measures/{m.file}"), thorough)
         ]
 
-    def complete(self, run: Run) -> bool:
+    @staticmethod
+    def _measured(path: Path, thorough: bool) -> bool:
+        if not thorough:
+            return path.exists()
+        try:
+            return read_json(path) is not None
+        except StudyError:
+            return False
+
+    def complete(self, run: Run, thorough: bool = False) -> bool:
         """Whether training has ended and everything asked of its snapshots is there."""
         trained = self.trained
         return trained is not None and (
             trained["outcome"] == "diverged"
-            or (not self.due(run) and self.file("samples.png").exists())
+            or (not self.due(run, thorough) and self.file("samples.png").exists())
         )
 
-    def state(self, run: Run) -> str:
-        """pending, running, interrupted, failed or done."""
+    def state(self, run: Run, thorough: bool = False) -> str:
+        """pending, running, interrupted, failed or done; thorough: measurements are read."""
         if not self.path.exists():
             return "pending"
-        if self.complete(run):
+        if self.complete(run, thorough):
             return "done"
         if self.locked:
             return "running"
@@ -194,16 +214,30 @@ class Store:
 
     def write_study(self, source: Path) -> None:
         """study.yaml as given and study.json as resolved, folders by the names they have."""
-        self.path.mkdir(parents=True, exist_ok=True)
         resolved = self.study.as_json()
         for run in resolved["runs"]:
             run["folder"] = self.folders[run["id"]].path.name
-        write_bytes(self.path / "study.yaml", source.read_bytes())
-        write_json(self.path / "study.json", resolved)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_bytes(self.path / "study.yaml", source.read_bytes())
+            write_json(self.path / "study.json", resolved)
+        except OSError as error:
+            raise StudyError(f"{self.path}: cannot be written: {error.strerror}") from None
 
-    def states(self) -> dict[str, str]:
+    def states(self, thorough: bool = False) -> dict[str, str]:
         """State by run id."""
-        return {r.id: self.folders[r.id].state(r) for r in self.study.unique.values()}
+        return {r.id: self.folders[r.id].state(r, thorough) for r in self.study.unique.values()}
+
+    def blocked(self, run: Run) -> str | None:
+        """Why this run can't be made: a source that failed or diverged; None where it can."""
+        for source in (self.study.unique[i] for i in run.refs.values()):
+            folder = self.folders[source.id]
+            outcome = (folder.trained or {}).get("outcome")
+            if outcome == "diverged" or (outcome is None and folder.state(source) == "failed"):
+                return f"its source {source.recipe.name} {outcome or 'failed'}"
+            if outcome is None and (why := self.blocked(source)):
+                return why
+        return None
 
     def ready(self, waiting: Iterable[Run]) -> Iterator[Run]:
         """The runs whose referenced runs are all trained."""

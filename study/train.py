@@ -21,6 +21,7 @@ from study.data import Dataset, Draws
 from study.errors import StudyError
 from study.factors import ignored
 from study.models import Lookup, initial, level_range, make_optimizer, make_problem
+from study.settings import snapshot_points
 from study.spec import Run
 from study.store import append_line, read_lines, sha256, write_bytes, write_json
 from study.weights import average, digest, load_tensors, power_gamma, save_tensors, snapshot_name
@@ -54,11 +55,13 @@ def train(
     dataset: Dataset,
     device: torch.device,
     stop: Callable[[], bool],
+    inputs: Mapping[str, str],
 ) -> bool:
     """Trains the run to its budget; returns False where `stop` cut it short at a step boundary.
 
     Afterwards the folder holds steps.jsonl, state.pt, the snapshots and, last, trained.json with
-    the outcome 'trained', or 'diverged' where the loss was not finite.
+    the outcome 'trained', or 'diverged' where the loss was not finite. inputs: digests of what the
+    run reads of others, the same for as long as it trains.
     """
     factors, folder = run.recipe.factors, lookup(run.id)
     budget, batch = factors.budget.images, factors.batch
@@ -69,6 +72,7 @@ def train(
         "sigma_data": level_range(factors, dataset).data,
         "data_digest": dataset.digest,
         "init_digest": digest(dict(net.named_parameters())),
+        "inputs": dict(inputs),
     }
     problem = make_problem(run, sources, lookup, dataset, device, net)
     draws = Draws(dataset, run.seed, run.recipe.role, factors.data_stream)
@@ -90,7 +94,7 @@ def train(
     log, state_file = folder.file("steps.jsonl"), folder.file("state.pt")
     if state_file.exists():
         state = load_tensors(state_file)
-        for key in ("sigma_data", "data_digest", "init_digest", "stream_digest"):
+        for key in ("sigma_data", "data_digest", "init_digest", "stream_digest", "inputs"):
             if state["facts"][key] != facts[key]:
                 raise StudyError(
                     f"{state_file}: {key} was {state['facts'][key]} and is now "
@@ -116,7 +120,8 @@ def train(
         )
 
     def ended(outcome: str, reason: str | None) -> None:
-        files = [snapshot_name(s["at"]) for s in snapshots if s["images"] <= spend.images]
+        # a point asked for after training had passed it has no snapshot, and gets none
+        made = [s for s in snapshots if folder.file(s["file"]).exists()]
         write_json(
             folder.file("trained.json"),
             facts
@@ -124,12 +129,14 @@ def train(
                 "outcome": outcome,
                 "reason": reason,
                 "spend": msgspec.to_builtins(spend),
-                "snapshots": [s for s in snapshots if s["images"] <= spend.images],
-                "sha256": {f: sha256(folder.file(f)) for f in (*files, "steps.jsonl")},
+                "snapshots": made,
+                "sha256": {
+                    f: sha256(folder.file(f)) for f in (*(s["file"] for s in made), "steps.jsonl")
+                },
             },
         )
 
-    points = {*run.recipe.measure.at, *(m.at for m in run.measures), 1.0}
+    points = snapshot_points(run.recipe.measure, run.measures, run.recipe.role)
     due = snapshot_images(factors.budget.images, batch, points)
     snapshots = [
         {"at": at, "images": images, "file": snapshot_name(at)} for images, at in due.items()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from study.errors import StudyError
-from study.store import Folder, write_bytes
+from study.store import Folder, sha256, write_bytes
 
 
 def power_gamma(length: float) -> float:
@@ -58,8 +58,16 @@ def snapshot_name(at: float) -> str:
 
 
 def weights_at(folder: Folder, at: float, ema: float) -> dict[str, Tensor]:
-    """The averaged weights of one snapshot by parameter name."""
-    return load_tensors(folder.file(snapshot_name(at)))["ema"][str(ema)]
+    """The averaged weights of one snapshot by parameter name.
+
+    Raises StudyError where the file is gone, or is not the one that training wrote.
+    """
+    path = folder.file(snapshot_name(at))
+    if not path.exists():
+        raise StudyError(f"{path}: gone; without weights nothing can be re-measured or built on")
+    if sha256(path) != folder.trained["sha256"][snapshot_name(at)]:
+        raise StudyError(f"{path}: not the file that training wrote (its SHA-256 has changed)")
+    return load_tensors(path)["ema"][str(ema)]
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -20,16 +20,21 @@ import torch
 
 from study import data
 from study.errors import StudyError
-from study.identity import SCHEMA, canonical
+from study.factors import Data
+from study.identity import SCHEMA, complete
 from study.launch import BUSY, STOP_SIGNALS, STOPPED
 from study.measure import measure
+from study.models import check_inputs
 from study.spec import Run
 from study.store import Folder, append_line, now
 from study.train import set_up, train
 
 DONE, FAILED = 0, 1
 
-load = cache(data.load)  # one load per process, also where it works on several runs
+@cache
+def load(kind: Data, device: torch.device) -> data.Dataset:
+    """The data set on a device, loaded once per process also where it works on several runs."""
+    return data.load(kind).to(device)
 
 
 @cache
@@ -81,38 +86,28 @@ def work(run: Run, sources: Mapping[str, Run], folders: Mapping[str, Folder], de
         with folder.lock() as mine:
             if not mine:
                 return BUSY
-            folder.create(
-                run,
-                {
-                    "schema": SCHEMA,
-                    "id": run.id,
-                    "role": run.recipe.role,
-                    "seed": run.seed,
-                    "factors": canonical(run.recipe.factors, run.refs),
-                },
-            )
-            place = torch.device(device)
-            set_up()
-            append_line(folder.file("attempts.jsonl"), provenance(place))
             reason, result = "done", DONE
             try:
-                dataset = load(run.recipe.factors.data).to(place)
-                finished = folder.trained is not None or train(
-                    run, sources, folders.__getitem__, dataset, place, lambda: stopping
-                )
-                finished = finished and measure(
-                    run, sources, folders.__getitem__, dataset, place, lambda: stopping
-                )
-                if not finished:
+                folder.create(run, {
+                    "schema": SCHEMA, "id": run.id, "role": run.recipe.role, "seed": run.seed,
+                    "factors": complete(run.recipe.factors, run.refs)})  # fmt: skip
+                place = torch.device(device)
+                set_up()
+                append_line(folder.file("attempts.jsonl"), provenance(place))
+                dataset = load(run.recipe.factors.data, place)
+                inputs = check_inputs(run, folders.__getitem__, dataset)
+                arguments = run, sources, folders.__getitem__, dataset, place, lambda: stopping
+                finished = folder.trained is not None or train(*arguments, inputs)
+                if not finished or not measure(*arguments):
                     reason, result = "stopped", STOPPED
             except Exception as error:  # the run's outcome, told in its log and in the state table
-                traceback.print_exc()
+                with folder.file("log.txt").open("a") as log:
+                    traceback.print_exc(file=log)
                 reason = str(error) if isinstance(error, StudyError) else repr(error)
                 result = FAILED
-            append_line(
-                folder.file("attempts.jsonl"), {"event": "end", "time": now(), "reason": reason}
-            )
-            return result
+            append_line(folder.file("attempts.jsonl"),
+                        {"event": "end", "time": now(), "reason": reason})  # fmt: skip
+            return STOPPED if stopping and result == DONE else result
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -98,7 +98,7 @@ def write(folder: Path, seeds: Sequence[int] = (0, 1, 2), cells: Sequence[str] =
     write_json(folder / "study.json", {
         "schema": 1, "name": folder.name, "seeds": list(seeds), "cells": list(cells),
         "question": "At equal images and equal initialisation, does CT trail CD?",
-        "primary": primary, "recipes": recipes, "runs": runs})
+        "primary": primary and {c: primary for c in cells}, "recipes": recipes, "runs": runs})
     return folder
 
 

@@ -4,7 +4,7 @@ import pytest
 from torch import Tensor, nn
 
 from study import networks
-from study.budget import Spend, passes
+from study.budget import Spend, passes, snapshot_images
 from study.consistency import Problem, consistency, denoiser
 from study.data import Draws, load, to_float
 from study.factors import (
@@ -79,3 +79,8 @@ def test_spend_adds_up() -> None:
     for _ in range(3):
         spend = spend.plus(128, 5, 1e6, 0.5)
     assert spend == Spend(images=384, updates=3, passes=1920.0, flops=3e6, seconds=1.5)
+
+
+def test_snapshots_fall_on_whole_batches_and_never_before_the_first() -> None:
+    assert snapshot_images(1280, 64, {0.5, 1.0}) == {640: 0.5, 1280: 1.0}
+    assert snapshot_images(1280, 64, {0.01, 0.33, 1.0}) == {64: 0.01, 448: 0.33, 1280: 1.0}

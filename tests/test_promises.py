@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from studies import TWO_MODES, read, replaced, write
 
 from study import worker
 from study.run import main
-from study.store import Folder, Store, read_json, read_lines
+from study.store import Folder, Store, read_json, read_lines, sha256, write_json
 from study.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -114,10 +115,11 @@ def test_a_stopped_run_goes_on_to_the_same_bits(done: tuple[Path, Path], tmp_pat
     for r in study.unique.values():
         folder, steps = store.folders[r.id], iter(range(1000))
         folder.create(r, {"id": r.id})
-        dataset, cpu = worker.load(r.recipe.factors.data), torch.device("cpu")
+        dataset, cpu = worker.load(r.recipe.factors.data, torch.device("cpu")), torch.device("cpu")
         worker.set_up()
         stopped = train(r, study.unique, store.folders.__getitem__, dataset, cpu,
-                        lambda steps=steps: next(steps) == 6)
+                        lambda steps=steps: next(steps) == 6,
+                        worker.check_inputs(r, store.folders.__getitem__, dataset))
         assert not stopped and folder.trained is None
         # a crash after the last save left rows that the state knows nothing of, and half a row
         with folder.file("steps.jsonl").open("a") as log:
@@ -125,6 +127,90 @@ def test_a_stopped_run_goes_on_to_the_same_bits(done: tuple[Path, Path], tmp_pat
         assert worker.work(r, study.unique, store.folders, "cpu") == worker.DONE
     assert run(path, tmp_path) == 0
     assert content(tmp_path) == content(results)
+
+
+def half_trained(folder: Path, name: str, text: str = FULL) -> tuple[Path, Store, Folder]:
+    """A study whose run NAME of seed 0 was stopped in its middle, its sources finished."""
+    path, results = write(folder, text), folder / "results"
+    store = Store(results, read(folder, text))
+    r = next(r for r in store.study.runs if r.recipe.name == name and r.seed == 0)
+    for i in r.refs.values():
+        source = store.study.unique[i]
+        assert worker.work(source, store.study.unique, store.folders, "cpu") == worker.DONE
+    run_folder, steps = store.folders[r.id], iter(range(1000))
+    run_folder.create(r, {"id": r.id})
+    cpu = torch.device("cpu")
+    worker.set_up()
+    dataset = worker.load(r.recipe.factors.data, cpu)
+    inputs = worker.check_inputs(r, store.folders.__getitem__, dataset)
+    assert not train(r, store.study.unique, store.folders.__getitem__, dataset, cpu,
+                     lambda: next(steps) == 11, inputs)  # fmt: skip
+    return path, store, run_folder
+
+
+def test_a_point_asked_for_too_late_is_not_measured_and_breaks_nothing(tmp_path: Path) -> None:
+    path, _, folder = half_trained(tmp_path, "ct")
+    path.write_text(FULL.replace("at: [0.5, 1.0]", "at: [0.25, 0.75, 1.0]"))
+    assert run(path, tmp_path / "results", "--only", "ct-*-s0") == 0
+    assert [s["at"] for s in folder.trained["snapshots"]] == [0.75, 1.0]
+
+
+def test_a_run_learns_from_one_teacher_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, store, folder = half_trained(tmp_path, "cd")
+    teacher = next(f for f in store.folders.values() if f.path.name.startswith("edm-s0"))
+    snapshot, trained = teacher.file("snapshots/1.000.pt"), teacher.trained
+    weights = torch.load(snapshot, weights_only=True)
+    weights["ema"]["0.05"]["out.weight"] *= 1.7
+    torch.save(weights, snapshot)
+    assert run(path, tmp_path / "results", "--only", "cd-*-s0") == 1
+    assert "SHA-256 has changed" in capsys.readouterr().out
+    trained["sha256"]["snapshots/1.000.pt"] = sha256(snapshot)  # a teacher properly trained again
+    write_json(teacher.file("trained.json"), trained)
+    assert run(path, tmp_path / "results", "--only", "cd-*-s0", "--retry") == 1
+    assert "a source has changed" in capsys.readouterr().out.replace("\n", " ")
+    assert folder.trained is None
+
+
+def test_finished_runs_are_not_measured_on_other_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, results = write(tmp_path), tmp_path / "results"
+    assert run(path, results, "--only", "ct-*-s0") == 0
+    store = Store(results, read(tmp_path))
+    folder = next(f for f in store.folders.values() if f.path.name.startswith("ct-small-s0"))
+    write_json(folder.file("trained.json"), folder.trained | {"data_digest": "0123456789abcdef"})
+    for file in folder.file("measures").iterdir():
+        file.unlink()
+    assert run(path, results, "--only", "ct-*-s0") == 1
+    assert "0123456789abcdef" in capsys.readouterr().out
+
+
+def test_a_torn_measurement_is_made_again(tmp_path: Path) -> None:
+    path, results = write(tmp_path), tmp_path / "results"
+    assert run(path, results, "--only", "ct-*-s0") == 0
+    file = next(results.rglob("measures/*.json"))
+    whole = read_json(file)
+    file.write_bytes(file.read_bytes()[:40])
+    assert run(path, results, "--only", "ct-*-s0") == 0
+    assert read_json(file) | {"seconds": 0} == whole | {"seconds": 0}
+
+
+def test_ctrl_c_at_the_start_ends_cleanly_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    path = write(tmp_path, replaced("images: 1280", "images: 64000"))
+    words = [sys.executable, "-m", "study.run", str(path), "--results", str(tmp_path / "results"),
+             "--workers", "2", "--only", "ct-*"]  # fmt: skip
+    for delay in (0.0, 0.3):  # a terminal's Ctrl-C reaches children that are just being born
+        process = subprocess.Popen(words, cwd=ROOT, text=True, start_new_session=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+        wait_for(lambda: (tmp_path / "results" / "small" / "study.json").exists())
+        time.sleep(delay)
+        os.killpg(process.pid, signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 3, out
+        assert "failed" not in out
+    assert main([*words[3:-2], "--only", "ct-*-s0"]) == 0
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
@@ -203,3 +289,11 @@ def test_minutes_end_a_study_cleanly(tmp_path: Path) -> None:
         state = next((tmp_path / workers).rglob("state.pt"))
         assert torch.load(state, weights_only=True)["spend"]["images"] > 0
     assert time.monotonic() - start < 60
+
+
+def test_a_student_of_a_diverged_teacher_is_blocked_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = replaced("{objective: denoising}", "{objective: denoising, optimizer: {lr: 1e30}}")
+    assert run(write(tmp_path, text), tmp_path / "results", "--only", "cd-*-s0") == 1
+    assert "its source edm diverged" in capsys.readouterr().out

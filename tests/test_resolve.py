@@ -24,7 +24,7 @@ def by_name(study: Study, name: str) -> list:
 def test_grid_means_what_the_readme_says() -> None:
     study = load(GRID)
     assert {r.recipe.name for r in study.runs} == {
-        "ct", "cd", "cd_exact", "ct_warm", "cd_warm", "born_again", "self_pretrain",
+        "ct", "cd", "cd_exact", "ct_warm", "cd_warm", "born_again", "self_pretrain", "ct_again",
         "edm", "edm_half", "ct_first"}  # fmt: skip
     assert study.seeds == (0, 1, 2)
     ct, cd = by_name(study, "ct")[0], by_name(study, "cd")[0]
@@ -75,6 +75,19 @@ def test_another_kind_replaces_and_never_merges(tmp_path: Path) -> None:
     text = replaced("{score: single_sample}", "{discretization: {kind: doubling, s1: 40}}")
     ct = by_name(read(tmp_path, text), "ct")[0].recipe.factors
     assert (ct.discretization.s0, ct.discretization.s1) == (10, 40)
+
+
+def test_the_same_kind_merges_also_where_it_is_the_default(tmp_path: Path) -> None:
+    text = replaced("batch: 64", "batch: 64\n  optimizer: {lr: 2e-3}").replace(
+        "{score: single_sample}", "{optimizer: {kind: adam, eps: 1e-6}}")
+    adam = by_name(read(tmp_path, text), "ct")[0].recipe.factors.optimizer
+    assert (adam.lr, adam.eps) == (2e-3, 1e-6)
+
+
+def test_a_name_may_hold_dots(tmp_path: Path) -> None:
+    text = replaced("  cd: {", "  cd.v2: {").replace("against: cd", "against: cd.v2")
+    study = read(tmp_path, text)
+    assert by_name(study, "cd.v2")
 
 
 def test_from_means_a_variant_of_the_study_before_a_preset(tmp_path: Path) -> None:
@@ -150,6 +163,24 @@ BAD = {
         TWO_MODES.replace("{score: single_sample}", "{batch: 32}") + "cells: {a: {batch: 64}}\n",
         "cell 'a' sets this key"),
     "the same update twice": (replaced("at: [0.5, 1.0]", "at: [0.5, 0.51]"), "same update"),
+    "the same three decimals": (
+        replaced("at: [0.5, 1.0]", "at: [0.3001, 0.3004]").replace(": 1280", ": 640000"),
+        "three decimals"),
+    "from a list": (replaced("{score: single_sample}", "{from: [cd]}"), "one name"),
+    "charge of lists": (replaced("single_sample}", "single_sample, charge: [[edm]]}"), "charge"),
+    "charge by a source": (
+        replaced("  edm: {", "  pre: {objective: denoising, budget: {share: 0.1}}\n"
+                 "  edm: {charge: [pre], "), "only variants pay"),
+    "kind in a list": (replaced("kind: mlp", "kind: [mlp]"), "base.network"),
+    "mid below sigma": (replaced("draws: 1", "mid: 0.001"), "mid"),
+    "endless width": (replaced("width: 16", "width: 100000000000000000000000"), "width"),
+    "vanishing rho": (replaced("batch: 64", "batch: 64\n  sigma: {rho: 1e-300}"), "sigma.rho"),
+    "teacher of other levels": (
+        replaced("{objective: denoising}", "{objective: denoising, sigma: {max: 1.0}}"), "levels"),
+    "extractor unknown": (
+        TWO_MODES.replace("data: {kind: mixture, means: [[-1.0], [1.0]], std: 0.2, samples: 500}",
+                          "data: digits").split("measure:")[0].replace("primary", "#")
+        + "measure: {fid: {extractor: digits-cmm, samples: 9}}\n", "measure.fid.*'digits-cnn'"),
     "not a mapping": ("- 1\n", "mapping"),
     "not yaml": ("a: [1\n", "line"),
     "a tag that would build an object": ("base: !!python/object/apply:os.getcwd []\n", "tag"),

@@ -37,6 +37,9 @@ def test_a_log_cut_in_its_last_line_reads_up_to_it(tmp_path: Path) -> None:
         append_line(path, {"step": step})
     path.write_bytes(path.read_bytes()[:-4])
     assert [row["step"] for row in read_lines(path)] == [0, 1]
+    append_line(path, {"step": 2})  # and goes on on a line of its own
+    append_line(path, {"step": 3})
+    assert [row["step"] for row in read_lines(path)] == [0, 1, 2, 3]
 
 
 def _hold(path: Path, ready: object, leave: object) -> None:
@@ -86,6 +89,8 @@ def test_state_follows_from_the_files(tmp_path: Path) -> None:
     assert folder.state(run) == "interrupted"  # the picture is still to be made
     write_bytes(folder.file("samples.png"), b"")
     assert folder.state(run) == "done"
+    folder.file(f"measures/{asked[0].file}").write_text('{"value": ')
+    assert folder.state(run) == "done" and folder.state(run, thorough=True) != "done"
 
 
 def test_only_the_id_of_a_folder_is_key(tmp_path: Path) -> None:

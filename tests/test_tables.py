@@ -56,6 +56,9 @@ def test_effect_is_the_mean_of_paired_logs(tmp_path: Path) -> None:
     assert row.verdict == "screening: no verdict"
 
 
+SPLIT = "budget split (32k own + 32k charged)"
+
+
 def test_pairs_are_primary_against_and_one_factor(tmp_path: Path) -> None:
     pairs = tables.pairs(load.load(fake.write(tmp_path / "s")), "digits")
     made = {(p.variant, p.baseline): (p.role, p.differs) for p in pairs}
@@ -63,11 +66,29 @@ def test_pairs_are_primary_against_and_one_factor(tmp_path: Path) -> None:
         ("ct", "cd"): ("primary", ("score",)), ("cd_exact", "cd"): ("secondary", ("score",)),
         ("ct_warm", "cd"): ("secondary", ("score", "init")),
         ("cd_warm", "cd"): ("secondary", ("init",)),
-        ("self_pretrain", "cd"): ("secondary", ("score", "init")),
-        ("cd_exact", "ct"): ("secondary", ("score",)), ("ct_warm", "ct"): ("secondary", ("init",)),
-        ("cd_warm", "ct_warm"): ("secondary", ("score",)),
-        ("self_pretrain", "ct"): ("secondary", ("init",)),  # half of its budget is charged
-        ("self_pretrain", "ct_warm"): ("secondary", ("init",))}
+        ("self_pretrain", "cd"): ("secondary", ("score", "init", SPLIT)),
+        ("ct", "cd_exact"): ("secondary", ("score",)),  # toward the primary's variant
+        ("ct_warm", "ct"): ("secondary", ("init",)),
+        ("ct_warm", "cd_warm"): ("secondary", ("score",)),  # oriented like ct - cd
+        ("self_pretrain", "ct"): ("secondary", ("init", SPLIT))}  # and not against ct_warm
+
+
+def test_budgets_are_oriented_like_the_primary(tmp_path: Path) -> None:
+    made = {n: fake.Made({"budget": {"images": fake.IMAGES // k}})
+            for n, k in (("whole", 1), ("half", 2), ("quarter", 4))}
+    primary = fake.PRIMARY | {"variant": "half", "against": "whole"}
+    study = load.load(fake.write(tmp_path / "s", variants=made, primary=primary))
+    assert [(p.variant, p.baseline) for p in tables.pairs(study, "digits")] == [
+        ("half", "whole"), ("quarter", "whole"), ("quarter", "half")]
+
+
+def test_equal_images_with_and_without_sources(tmp_path: Path) -> None:
+    table = table_of(fake.write(tmp_path / "s"))
+    columns = ["matched", "matched_with_sources"]
+    for pair, equal in ((("ct", "cd_exact"), ["yes", "yes"]), (("ct_warm", "ct"), ["yes", "no"]),
+                        (("cd_warm", "cd"), ["yes", "yes"]),
+                        (("self_pretrain", "ct"), ["yes", "yes"])):
+        assert row_of(table, *pair)[columns].tolist() == equal
 
 
 def test_a_budget_that_is_not_charged_is_a_factor(tmp_path: Path) -> None:
@@ -125,8 +146,8 @@ def test_cells_are_never_pooled_and_holm_spans_them(tmp_path: Path) -> None:
     table = table_of(fake.write(tmp_path / "s", cells=("a", "b")))
     assert row_of(table, "ct", "cd", cell="a").n == row_of(table, "ct", "cd", cell="b").n == 3
     family = table[table.role == "secondary"]
-    assert len(family) == 18
-    assert family.p_holm.min() == pytest.approx(min(1.0, 18 * family.p.min()))
+    assert len(family) == 16
+    assert family.p_holm.min() == pytest.approx(min(1.0, 16 * family.p.min()))
     assert table[table.role == "primary"].p_holm.isna().all()
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from study.errors import StudyError
-from study.store import Folder
+from study.store import Folder, sha256, write_json
 from study.weights import (
     average,
     digest,
@@ -53,9 +53,18 @@ def test_files_round_trip(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     folder.file("snapshots").mkdir()
     emas = {"0.05": {"w": torch.randn(3)}, "0.1": {"w": torch.randn(3)}}
-    save_tensors(folder.file(snapshot_name(0.25)), {"raw": {"w": torch.zeros(3)}, "ema": emas})
+    path = folder.file(snapshot_name(0.25))
+    save_tensors(path, {"raw": {"w": torch.zeros(3)}, "ema": emas})
+    write_json(folder.file("trained.json"), {"sha256": {snapshot_name(0.25): sha256(path)}})
     assert torch.equal(weights_at(folder, 0.25, 0.1)["w"], emas["0.1"]["w"])
     assert [p.name for p in (tmp_path / "snapshots").iterdir()] == ["0.250.pt"]
+    emas["0.1"]["w"] += 1
+    save_tensors(path, {"raw": {"w": torch.zeros(3)}, "ema": emas})
+    with pytest.raises(StudyError, match="SHA-256 has changed"):
+        weights_at(folder, 0.25, 0.1)
+    path.unlink()
+    with pytest.raises(StudyError, match="gone"):
+        weights_at(folder, 0.25, 0.1)
 
 
 def test_broken_files_are_user_errors(tmp_path: Path) -> None:
