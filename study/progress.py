@@ -4,6 +4,7 @@ terminal."""
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping
 from types import TracebackType
 
@@ -20,6 +21,8 @@ COLOURS = {
     "interrupted": "yellow",
     "pending": "dim",
 }
+
+MANY_SEEDS = 12
 
 
 def label(run: Run) -> str:
@@ -98,12 +101,20 @@ class Display:
 
 
 def state_table(study: Study, states: Mapping[str, str]) -> Table:
-    """Variants and sources by seed, with each run's state."""
+    """Variants and sources by seed, with each run's state; many seeds are counted by state."""
+    by_recipe: dict[int, list[str]] = {}
+    for run in study.runs:
+        by_recipe.setdefault(id(run.recipe), []).append(states[run.id])
+    few = len(study.seeds) <= MANY_SEEDS
+    columns = [f"seed {s}" for s in study.seeds] if few else [f"{len(study.seeds)} seeds"]
     table = Table(title=study.name, title_justify="left")
-    for column in ("cell", "run", *(f"seed {s}" for s in study.seeds)):
+    for column in ("cell", "run", *columns):
         table.add_column(column)
     for recipe in study.recipes:
-        cells = [states[r.id] for r in study.runs if r.recipe is recipe]
+        found = by_recipe[id(recipe)]
+        counts = Counter(found).items()
+        cells = found if few else [", ".join(f"{n} {state}" for state, n in counts)]
         role = "" if recipe.role == "student" else " (source)"
-        table.add_row(recipe.cell, recipe.name + role, *(f"[{COLOURS[s]}]{s}[/]" for s in cells))
+        coloured = (f"[{COLOURS.get(c, 'default')}]{c}[/]" for c in cells)
+        table.add_row(recipe.cell, recipe.name + role, *coloured)
     return table

@@ -16,7 +16,7 @@ from study.errors import StudyError, nearest
 from study.factors import Budget, Factors, references, simplest
 from study.identity import run_id
 from study.layers import Layered, mapping, read_file, read_yaml
-from study.settings import Measure, score_settings, settings_of
+from study.settings import Measure, Settings, score_settings, settings_of
 from study.spec import Primary, Recipe, Run, Study
 
 PRESETS = Path(__file__).with_name("presets.yaml")
@@ -107,8 +107,9 @@ class Resolver:
         ordered = [r for cell in self.cells for r in self._order(cell, table)]
         runs, asked = [], set()
         for recipe in ordered:
+            measures = tuple(settings_of(recipe.measure, recipe.factors, recipe.role))
             for seed in seeds:
-                runs.append(self._run(recipe, seed, asked))
+                runs.append(self._run(recipe, seed, measures, asked))
         question = self.tree.get("question", "")
         if not isinstance(question, str):
             raise StudyError(f"{self.file}: question: {question!r} given; text expected")
@@ -268,18 +269,23 @@ class Resolver:
         for name in (*self.sources, *self.variants):
             yield from visit(name, ())
 
-    def _run(self, recipe: Recipe, seed: int, asked: set[tuple[str, str]]) -> Run:
+    def _run(
+        self,
+        recipe: Recipe,
+        seed: int,
+        measures: tuple[Settings, ...],
+        asked: set[tuple[str, str]],
+    ) -> Run:
         """The run, with its id. asked: score errors that an earlier run measures already."""
         ids = {f: self.ids[n, recipe.cell, seed] for f, n in references(recipe.factors).items()}
         name = run_id(recipe.factors, ids, recipe.role, seed)
         self.ids[recipe.name, recipe.cell, seed] = name
-        measures = list(settings_of(recipe.measure, recipe.factors, recipe.role))
         score = score_settings(recipe.measure, recipe.factors, ids)
         if score and recipe.role == "student" and (recipe.cell, score.file) not in asked:
             asked.add((recipe.cell, score.file))
-            measures.append(score)
+            measures += (score,)
         charged = tuple(self.ids[c, recipe.cell, seed] for c in recipe.charge)
-        return Run(recipe, seed, name, ids, charged, tuple(measures))
+        return Run(recipe, seed, name, ids, charged, measures)
 
     def _primaries(self, table: Mapping[tuple[str, str], Recipe]) -> dict[str, Primary]:
         """The primary comparison of each cell, checked against what is measured there."""

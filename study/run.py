@@ -105,8 +105,9 @@ def fetch_data(study: Study) -> None:
 def show_plan(console: Console, store: Store, wanted: list[Run]) -> None:
     """What is new, kept and no longer asked for."""
     states = store.states()
-    new = [r for r in wanted if store.folders[r.id].trained is None]
-    kept = [r for r in wanted if r not in new]
+    kept = [r for r in wanted if store.folders[r.id].trained is not None]
+    names = {r.id for r in kept}
+    new = [r for r in wanted if r.id not in names]
     due = sum(len(store.folders[r.id].due(r)) for r in kept) + sum(len(r.measures) for r in new)
     console.print(state_table(store.study, states))
     console.print(

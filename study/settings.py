@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -128,6 +129,7 @@ class Settings:
         return f"{self.at:.3f}-{self.record['kind']}-{digest(self.record, 8)}.json"
 
 
+@cache
 def extractor_identity(name: str, where: str = "extractor") -> str:
     """NAME:DIGEST of a shipped extractor's weights. Raises StudyError for an unknown name."""
     path = EXTRACTORS / f"{name}.pt"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -267,6 +270,29 @@ def test_a_failed_run_says_why_and_waits_for_retry(
     snapshot.write_bytes(whole)
     assert run(path, results, "--only", "cd-*-s0") == 1
     assert run(path, results, "--only", "cd-*-s0", "--retry") == 0
+
+
+def test_kills_at_any_moment_lose_nothing(tmp_path: Path) -> None:
+    """SIGKILL to the launcher and all its children, again and again: the end is the same, bit for
+    bit. STUDY_KILLS=200 is the soak."""
+    text = FULL.replace("images: 1280", "images: 25600")
+    path, kills = write(tmp_path, text), int(os.environ.get("STUDY_KILLS", "10"))
+    words = [sys.executable, "-m", "study.run", str(path), "--results", str(tmp_path / "killed")]
+    chance, survived = random.Random(0), 0
+    while survived < kills:
+        process = subprocess.Popen(words, cwd=ROOT, start_new_session=True,
+                                   stdout=subprocess.DEVNULL)  # fmt: skip
+        time.sleep(chance.uniform(1.0, 6.0))
+        alive = process.poll() is None
+        with contextlib.suppress(ProcessLookupError):  # done already, and nobody left
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        survived += 1
+        if not alive:  # nothing was left to kill: begin again
+            shutil.rmtree(tmp_path / "killed")
+    assert main([*words[3:], "--workers", "2"]) == 0
+    assert run(path, tmp_path / "whole") == 0
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
 def test_new_seeds_run_only_what_is_new(done: tuple[Path, Path], tmp_path: Path) -> None:
