@@ -62,8 +62,11 @@ class LowRankMixture:
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """n points of the data (n, *shape), float32."""
-        k = torch.multinomial(self.log_weights.exp(), n, replacement=True, generator=generator)
-        z = torch.randn((n, self.means.shape[1]), generator=generator, device=self.means.device)
+        device = self.means.device
+        shares = self.log_weights.exp().cpu().cumsum(0).to(device)  # CUDA's sum has no fixed order
+        u = torch.rand(n, generator=generator, dtype=shares.dtype, device=device)
+        k = torch.searchsorted(shares, u).clamp(max=len(shares) - 1)
+        z = torch.randn((n, self.means.shape[1]), generator=generator, device=device)
         wide = (self.spreads + self.stds[:, None] ** 2).sqrt()
         return torch.cat([
             (self.means[i] + _stretched(e, self.bases[i], self.stds[i, None], wide[i])).float()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -135,6 +136,22 @@ def t_star(dataset: Dataset, sigma: Sigma, samples: int = 256) -> float | None:
     return low
 
 
+@lru_cache(maxsize=1)
+def exact_points(
+    dataset: Dataset, levels: tuple[float, ...], low: float, samples: int
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """For each level noisy points x_t (n, ...), t (n,) and the exact map to level `low`: the same
+    for every snapshot, and what costs most where the density is one of images."""
+    device, points = dataset.held_out.device, []
+    for i, level in enumerate(levels):
+        generator = torch.Generator(device).manual_seed(seeds.number(0, "map_error", i))
+        x = dataset.fresh(samples, generator)
+        t = torch.full((samples,), level, device=device)
+        x_t = x + along(t, x) * torch.randn(x.shape, generator=generator, device=device)
+        points.append((x_t, t, dataset.density.ode_map(x_t, level, low)))
+    return points
+
+
 @torch.no_grad()
 def map_error(
     f: Callable[[Tensor, Tensor], Tensor],
@@ -145,15 +162,9 @@ def map_error(
 ) -> dict[str, Any]:
     """RMS distance per coordinate of f(x_t, t) to the exact consistency map, the PF-ODE's solution
     from t to sigma_min under the known density, per level and over all levels."""
-    device, levels = dataset.held_out.device, geometric(sigma.min, sigma.max, sigmas + 1)[1:]
-    squares = []
-    for i, level in enumerate(levels):
-        generator = torch.Generator(device).manual_seed(seeds.number(0, "map_error", i))
-        x = dataset.fresh(samples, generator)
-        t = torch.full((samples,), level, device=device)
-        x_t = x + along(t, x) * torch.randn(x.shape, generator=generator, device=device)
-        exact = dataset.density.ode_map(x_t, level, sigma.min)
-        squares.append(float((f(x_t, t) - exact).double().square().mean()))
+    levels = geometric(sigma.min, sigma.max, sigmas + 1)[1:]
+    points = exact_points(dataset, tuple(levels), sigma.min, samples)
+    squares = [float((f(x_t, t) - exact).double().square().mean()) for x_t, t, exact in points]
     return {
         "sigma": levels,
         "rms": [math.sqrt(s) for s in squares],

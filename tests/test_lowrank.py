@@ -49,7 +49,7 @@ def covariances(mixture: LowRankMixture) -> np.ndarray:
 
 
 def dense(mixture: LowRankMixture, x_t: torch.Tensor, t: float) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (D,) and covariance (D, D) of x given one x_t: Gaussian conditioning by the textbook."""
+    """Mean (D,) and covariance (D, D) of x given one x_t, by textbook conditioning."""
     x = x_t.flatten().numpy()
     means, S = mixture.means.numpy(), covariances(mixture)
     noise = t**2 * np.eye(D)
