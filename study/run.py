@@ -102,6 +102,27 @@ def fetch_data(study: Study) -> None:
             fashion_mnist.load(None if data.root is None else Path(data.root))
 
 
+def forecast(store: Store, new: list[Run]) -> tuple[float, int] | None:
+    """Seconds to train `new`, and how many finished runs of the study that stands on.
+
+    A recipe's own seconds per image where one of its seeds is finished, otherwise the mean of its
+    cell's; None where a cell has nothing finished yet.
+    """
+    speeds: dict[tuple[str, ...], list[float]] = {}
+    for run in store.study.unique.values():
+        if (trained := store.folders[run.id].trained) and trained["spend"]["images"]:
+            speed = trained["spend"]["seconds"] / trained["spend"]["images"]
+            for key in ((run.recipe.cell, run.recipe.name), (run.recipe.cell,)):
+                speeds.setdefault(key, []).append(speed)
+    seconds = 0.0
+    for run in new:
+        known = speeds.get((run.recipe.cell, run.recipe.name)) or speeds.get((run.recipe.cell,))
+        if known is None:
+            return None
+        seconds += sum(known) / len(known) * run.recipe.factors.budget.images
+    return seconds, sum(len(s) for key, s in speeds.items() if len(key) == 1)
+
+
 def show_plan(console: Console, store: Store, wanted: list[Run]) -> None:
     """What is new, kept and no longer asked for."""
     states = store.states()
@@ -116,6 +137,13 @@ def show_plan(console: Console, store: Store, wanted: list[Run]) -> None:
         f"{len(store.orphans)} folders that this study does not ask for",
         highlight=False,
     )
+    if new and (expected := forecast(store, new)):
+        seconds, known = expected
+        console.print(
+            f"training them takes about {seconds / 60:.1f} minutes of one worker by the speed of "
+            f"{known} finished runs, measuring comes on top",
+            highlight=False,
+        )
     for path in store.orphans:
         console.print(f"  not asked for: {path}", highlight=False)
 

@@ -71,8 +71,11 @@ def fid_settings(**changes: object) -> dict[str, Any]:
 
 def write(folder: Path, seeds: Sequence[int] = (0, 1, 2), cells: Sequence[str] = ("digits",),
           variants: Mapping[str, Made] = VARIANTS, noise: float = 0.04, vectors: bool = False,
-          primary: object = PRIMARY) -> Path:
-    """Writes a finished study and returns its folder; tests damage it afterwards."""
+          primary: Mapping[str, Any] | None = PRIMARY) -> Path:
+    """Writes a finished study and returns its folder; tests damage it afterwards.
+
+    primary: one for all cells, or a mapping of cells to theirs.
+    """
     rng = np.random.default_rng(7)
     recipes, runs = [], []
     made = {**SOURCES, **variants}
@@ -98,7 +101,8 @@ def write(folder: Path, seeds: Sequence[int] = (0, 1, 2), cells: Sequence[str] =
     write_json(folder / "study.json", {
         "schema": 1, "name": folder.name, "seeds": list(seeds), "cells": list(cells),
         "question": "At equal images and equal initialisation, does CT trail CD?",
-        "primary": primary and {c: primary for c in cells}, "recipes": recipes, "runs": runs})
+        "primary": dict.fromkeys(cells, primary) if "variant" in (primary or {}) else primary,
+        "recipes": recipes, "runs": runs})
     return folder
 
 

@@ -295,11 +295,16 @@ def test_kills_at_any_moment_lose_nothing(tmp_path: Path) -> None:
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
-def test_new_seeds_run_only_what_is_new(done: tuple[Path, Path], tmp_path: Path) -> None:
+def test_new_seeds_run_only_what_is_new(
+    done: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path, results = done
-    code = "import shutil, sys; shutil.copytree(sys.argv[1], sys.argv[2])"
-    subprocess.run([sys.executable, "-c", code, results, tmp_path / "results"], check=True)
+    shutil.copytree(results, tmp_path / "results")
     before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "results/small/runs").iterdir()}
+    assert run(path, tmp_path / "results", "--plan", "--set", "seeds=[0, 1, 5]") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "4 runs to train (5,120 images), 8 kept" in told
+    assert "by the speed of 8 finished runs" in told
     assert run(path, tmp_path / "results", "--set", "seeds=[0, 1, 5]") == 0
     folders = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "results/small/runs").iterdir()}
     assert {k: folders[k] for k in before} == before

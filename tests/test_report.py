@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import fake_study as fake
 import pytest
 
-from analysis import load, report, tables, words
+from analysis import load, probes, report, tables, words
 from analysis.document import Link, Section, Table, Text, html, markdown
 from study.spec import StudyError
 
@@ -51,11 +52,12 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_contents_in_order(built: Path) -> None:
     text = (built / "report.md").read_text()
     assert re.findall(r"^## (.*)", text, re.M) == [
-        "Question", "Answer", "Completeness", "Comparisons", "Metric against budget",
+        "Question", "Answer", "Variants", "Completeness", "Comparisons", "Metric against budget",
         "Score error against sigma", "Samples", "Ledger audit", "Provenance",
         "From a number to its run"]
     assert re.search(r"ct's one-step FID is [\d.]+\u00a0% (lower|higher) than cd's "
-                     r"\(95 % interval \S+ to \S+\u00a0%, 3 of 3 seeds\): screening, "
+                     r"\([\d.]+ against [\d.]+, geometric means; 95 % interval \S+ to \S+\u00a0%, "
+                     r"3 of 3 seeds\): (the interval includes no difference \(0\); )?screening, "
                      "no verdict", text)
     assert "Stands on 9 of 9 planned runs of digits." in text
     assert "15 runs planned: 15 done" in text
@@ -63,7 +65,7 @@ def test_contents_in_order(built: Path) -> None:
 
 def test_same_input_same_bytes(built: Path) -> None:
     before = {p.name: p.read_bytes() for p in built.iterdir()}
-    assert len(before) == 12
+    assert len(before) == 11
     for path in built.iterdir():
         path.unlink()
     report.build(built.parent)
@@ -91,7 +93,8 @@ def test_damage_is_named(damaged: Path) -> None:
             in text)
     assert "diverged: loss is not finite at step 250" in text
     assert "out of memory" in text
-    for part in ("run.json: cannot be read", "measures/0.250-fid-", "trained.json: holds no JSON",
+    for part in ("run.json: cannot be read", "measures/0.250-fid-",
+                 "trained.json: cannot be read: Expected `object`",
                  "attempts.jsonl: line 3 cannot be read"):
         assert part in text.split("files could not be read")[1]
     assert "self_pretrain, digits, seed 5" in text and "not started" in text
@@ -103,12 +106,13 @@ def test_a_mismatch_stands_in_the_captions(damaged: Path) -> None:
                 "ct, self_pretrain against cd.")
     captions = [line for line in text.splitlines() if line.startswith("*") and sentence in line]
     assert len(captions) >= 5
-    assert all("1 diverged and left out" in c for c in captions)
+    assert ["Stands on 7 of 7 distinct scores." in c for c in captions
+            if "1 diverged and left out" not in c] == [True]
 
 
 def test_diverged_and_missing_seeds_are_counted_in_the_answer(damaged: Path) -> None:
     text = (damaged / "report.md").read_text()
-    assert "4 of 6 seeds): screening, no verdict. Diverged: 1 of ct, 0 of cd." in text
+    assert re.search(r"4 of 6 seeds\): .*screening, no verdict. Diverged: 1 of ct, 0 of cd.", text)
 
 
 def test_a_study_that_has_not_started(tmp_path: Path) -> None:
@@ -123,15 +127,15 @@ def test_no_primary(tmp_path: Path) -> None:
     folder = fake.write(tmp_path / "s", seeds=[0], variants=FEW, primary=None)
     text = report.build(folder).with_suffix(".md").read_text()
     assert "No primary comparison is declared: nothing is tested." in text
-    assert "ct − cd" in text and "self_pretrain −" not in text
+    assert "cd − ct" in text and "self_pretrain −" not in text
 
 
 def test_vectors(tmp_path: Path) -> None:
     primary = fake.PRIMARY | {"metric": "map_error"}
     folder = fake.write(tmp_path / "s", seeds=[0, 1], variants=FEW, vectors=True, primary=primary)
     text = report.build(folder).with_suffix(".md").read_text()
-    assert re.search(r"ct's consistency-map error is [^,;]+ \(2 of 2 seeds: [^,;]+, [^,;]+; "
-                     r"too few for an interval\)", text)
+    assert re.search(r"ct's consistency-map error is [^,;]+ \([\d.]+ against [\d.]+, "
+                     r"geometric means; 2 of 2 seeds: [^,;]+, [^,;]+; too few for an interval\)", text)
     assert "mass between modes, 1 NFE" in text
     assert (folder / "report" / "map_error-digits.png").is_file()
 
@@ -178,10 +182,94 @@ def test_user_errors_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "results" / "grid" / "study.json").write_text("{")
     assert report.main(["gird"]) == 2
     error = capsys.readouterr().err
-    assert "known under results/: grid (did you mean grid?)" in error
-    assert report.main(["grid"]) == 2
+    assert error.startswith("error: gird: no such study")
+    assert "did you mean 'grid'?" in error
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "sweeps" / "new.yaml").touch()
+    for given in ("new", "sweeps/new.yaml"):
+        assert report.main([given]) == 2
+        assert capsys.readouterr().err == (
+            "error: new: not started: python -m study.run sweeps/new.yaml\n")
+    assert report.main(["sweeps/grid.yaml"]) == 2
     error = capsys.readouterr().err
     assert "study.json: cannot be read" in error and error.count("\n") == 1
-    fake.write_json(tmp_path / "results" / "grid" / "study.json", {"schema": 9})
-    with pytest.raises(StudyError, match="schema: given 9, allowed 1"):
-        load.load(tmp_path / "results" / "grid")
+
+
+WRONG_PLANS = {"schema": 9, "runs": 3, "recipes": {}, "seeds": "0", "primary": {"digits": 1},
+               "cells": None, "name": ["s"]}
+
+
+@pytest.mark.parametrize("key", WRONG_PLANS)
+def test_a_plan_of_another_shape_is_one_error(tmp_path: Path, key: str) -> None:
+    folder = fake.write(tmp_path / "s", seeds=[0], variants=FEW)
+    fake.edit(folder / "study.json", **{key: WRONG_PLANS[key]})
+    with pytest.raises(StudyError, match=f"study.json: .*{key}"):
+        load.load(folder)
+
+
+def test_files_of_another_shape_are_named(tmp_path: Path) -> None:
+    folder = fake.write(tmp_path / "s", variants=FEW)
+    fake.edit(fake.folder_of(folder, "ct", 0) / "trained.json", spend=[1])
+    fake.edit(fake.folder_of(folder, "ct", 1) / "trained.json", snapshots=4)
+    files = sorted((fake.folder_of(folder, "cd", 2) / "measures").iterdir())
+    fake.edit(files[0], settings=["kind"])
+    fake.edit(files[1], value="much", draws={}, images=None, floor=[])
+    attempts = fake.folder_of(folder, "cd", 0) / "attempts.jsonl"
+    attempts.unlink()
+    attempts.mkdir()
+    report.build(folder)
+    problems = load.load(folder).problems
+    assert len(problems) == 4
+    assert all(any(part in p for p in problems)
+               for part in ("spend", "snapshots", "settings", "attempts.jsonl"))
+
+
+def test_the_answer_gives_means_and_the_way_to_more_seeds(built: Path) -> None:
+    text = (built / "report.md").read_text()
+    means = {}
+    for name in ("ct", "cd"):
+        rows = load.load(built.parent).measures
+        rows = rows[(rows["name"] == name) & (rows["at"] == 1) & (rows["nfe"] == 1)
+                    & (rows["reference"] == "train")]
+        means[name] = math.exp(sum(map(math.log, rows["value"])) / 3)
+    assert f"({means['ct']:.3g} against {means['cd']:.3g}, geometric means; 95 % " in text
+    assert ("\n    python -m study.run sweeps/grid.yaml --set seeds='[0, 1, 2, 3, 4, 5]'\n"
+            in text)
+
+
+def test_sentences_beside_the_answer(tmp_path: Path) -> None:
+    twin = {"ct_again": fake.Made({"data_stream": 1})}
+    folder = fake.write(tmp_path / "s", variants=fake.VARIANTS | twin)
+    study = load.load(folder)
+    beside = words.beside(study, tables.comparisons(study))
+    assert [s.split(" is ")[0] for s in beside] == [
+        "cd_exact's one-step FID", "ct's one-step FID", "ct_warm's one-step FID",
+        "noise floor: ct_again and ct are the same training on other noise and order, so their "
+        "difference (" + beside[-1].split("difference (")[1].split(" is ")[0]]
+    assert words.beside(study, tables.comparisons(study).assign(role="descriptive")) == []
+
+
+def test_variants_in_plain_words(built: Path, tmp_path: Path) -> None:
+    text = (built / "report.md").read_text().split("## Variants")[1].split("##")[0]
+    rows = [[c.strip() for c in r.split("|")[1:-1]] for r in text.splitlines() if r[:1] == "|"]
+    assert rows[2:] == [
+        ["ct", "score: single sample (CT)", "64k own"],
+        ["cd", "score: teacher edm (CD)", "64k own"],
+        ["self_pretrain", "score: single sample (CT); init: weights of edm_half",
+         "32k own + 32k charged"]]
+    born = fake.Made({"target": {"kind": "frozen", "run": "edm"}, "batch": 64})
+    study = load.load(fake.write(tmp_path / "s", seeds=[0], variants=FEW | {"born": born}))
+    assert words.recipes(study, "digits")[0][-1][1] == (
+        "score: single sample (CT); target: frozen edm; batch: 64")
+
+
+def test_a_score_measured_in_another_run_is_labelled_with_all_who_use_it(tmp_path: Path) -> None:
+    again = {"again": fake.Made(fake.TEACHER, refs=["edm"])}
+    folder = fake.write(tmp_path / "s", variants=FEW | again)
+    plan = json.loads((folder / "study.json").read_text())
+    plan["recipes"] = [r | {"role": "source"} if r["name"] == "cd" else r for r in plan["recipes"]]
+    fake.write_json(folder / "study.json", plan | {"primary": None})
+    study = load.load(folder)
+    found = probes._by_score(study, "digits", study.score_errors, ["ct", "self_pretrain", "again"])
+    assert [(text, names) for text, names, _ in found] == [
+        ("single sample (CT)", ["ct", "self_pretrain"]), ("teacher edm (CD)", ["again"])]
