@@ -72,6 +72,12 @@ class Launcher:
     def run(self, deadline: float | None, in_process: bool) -> None:
         """Works until done, `deadline` (time.monotonic) or a signal."""
         before = {s: signal.signal(s, self.stop) for s in STOP_SIGNALS}
+        if self.waiting:
+            self.display.console.print(
+                f"{len(self.waiting)} runs to work on, {len(self.slots)} at a time on "
+                f"{', '.join(sorted(set(self.slots)))}",
+                highlight=False,
+            )
         try:
             with self.display:
                 self._here(deadline) if in_process else self._pool(deadline)

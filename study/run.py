@@ -207,6 +207,8 @@ def summary(console: Console, store: Store, wanted: list[Run]) -> int:
         highlight=False,
         soft_wrap=True,
     )
+    if counts["interrupted"] + counts["pending"]:
+        console.print("work is left: the same command goes on from here", highlight=False)
     if counts["failed"] or blocked:
         return 1
     return 0 if counts["done"] == len(wanted) else 3

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -293,6 +294,21 @@ def test_kills_at_any_moment_lose_nothing(tmp_path: Path) -> None:
     assert main([*words[3:], "--workers", "2"]) == 0
     assert run(path, tmp_path / "whole") == 0
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
+
+
+def test_a_full_disk_is_said_and_survived(tmp_path: Path) -> None:
+    path = write(tmp_path, replaced("width: 16", "width: 64"))
+    words = [sys.executable, "-m", "study.run", str(path), "--results", str(tmp_path / "results"),
+             "--workers", "1", "--only", "ct-*-s0"]  # fmt: skip
+    limit = 30_000  # bytes a file may have: the logs fit and the weights don't
+    done = subprocess.run(words, cwd=ROOT, text=True, capture_output=True, check=False,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE,
+                                                                (limit, limit)))  # fmt: skip
+    assert done.returncode == 1 and "File too large" in done.stdout, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    leftover = [p for p in (tmp_path / "results").rglob(".*") if p.is_file()]
+    assert not leftover
+    assert main([*words[3:], "--retry"]) == 0
 
 
 def test_new_seeds_run_only_what_is_new(
