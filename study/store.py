@@ -151,18 +151,17 @@ class Folder:
         if trained is None or trained["outcome"] != "trained":
             return []
         points = {s["at"] for s in trained["snapshots"]}
+        there = {p.name for p in os.scandir(self.file("measures"))}
         return [
             m
             for m in run.measures
-            if m.at in points and not self._measured(self.file(f"measures/{m.file}"), thorough)
+            if m.at in points
+            and (m.file not in there or (thorough and not self._readable(m.file)))
         ]
 
-    @staticmethod
-    def _measured(path: Path, thorough: bool) -> bool:
-        if not thorough:
-            return path.exists()
+    def _readable(self, measurement: str) -> bool:
         try:
-            return read_json(path) is not None
+            return read_json(self.file(f"measures/{measurement}")) is not None
         except StudyError:
             return False
 
