@@ -108,13 +108,18 @@ def environment(starts: pd.DataFrame, column: str) -> dict[str, int]:
     return starts.groupby(values)["id"].nunique().to_dict()
 
 
-def standing(study: Study, mismatches: Iterable[Mismatch], cell: str, ids: Iterable[str]) -> str:
-    """What a caption owes its reader: how many planned runs it stands on, and what is unequal."""
+def standing(study: Study, mismatches: Iterable[Mismatch], cell: str,
+             ids: Iterable[str] | None) -> str:
+    """What a caption owes its reader: how many planned runs it stands on (unless ids is None), and
+    what is unequal.
+    """
     rows = study.runs[(study.runs.cell == cell) & (study.runs.role == "variant")]
     planned = set(rows["id"])
     diverged = rows[rows.outcome == "diverged"]["id"].nunique()
-    text = f"Stands on {len(planned & set(ids))} of {len(planned)} planned runs of {cell}"
-    text += f" ({diverged} diverged and left out)." if diverged else "."
+    text = ""
+    if ids is not None:
+        text = f"Stands on {len(planned & set(ids))} of {len(planned)} planned runs of {cell}"
+        text += f" ({diverged} diverged and left out)." if diverged else "."
     shown = [m.sentence for m in mismatches if m.cell in ("", cell)]
     more = f" And {len(shown) - 3} more in the ledger audit." if len(shown) > 3 else ""
     return text + (f" It stands on a mismatch: {' '.join(shown[:3])}{more}" if shown else "")

@@ -10,7 +10,6 @@ is named in `Study.missing` or `Study.problems`.
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -23,7 +22,7 @@ from typing import Any, Literal, TypedDict
 import msgspec
 import pandas as pd
 
-from study.errors import StudyError
+from study.errors import StudyError, nearest
 
 SCHEMA = 1
 SPEND = ("images", "updates", "passes", "flops", "seconds")
@@ -159,18 +158,18 @@ def known(results: Path) -> list[str]:
 
 
 def find(name: str, results: Path = Path("results")) -> Path:
-    """The folder of a study given by name (under `results`) or by path.
+    """The folder of a study given by name (under `results`), by path, or by its YAML file.
 
-    Raises StudyError, listing the known studies, when there is none.
+    Raises StudyError, saying how to start the study or listing those known, when there is none.
     """
+    name = Path(name).stem if name.endswith(".yaml") else name
     for folder in (results / name, Path(name)):
         if (folder / "study.json").is_file():
             return folder
-    names = known(results)
-    near = difflib.get_close_matches(Path(name).stem, names, n=1)
+    if (file := Path("sweeps", f"{name}.yaml")).is_file():
+        raise StudyError(f"{name}: not started: python -m study.run {file}")
     raise StudyError(f"{name}: no such study: neither {results / name} nor {name} holds a "
-                     f"study.json; known under {results}/: {', '.join(names) or 'none'}"
-                     + (f" (did you mean {near[0]}?)" if near else ""))
+                     f"study.json; {nearest(Path(name).stem, known(results))}")
 
 
 def load(folder: Path) -> Study:

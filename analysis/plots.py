@@ -25,6 +25,7 @@ from analysis.load import Study
 from analysis.style import GREY, MARKERS, PALE, STYLE, Drawn, capital, palette, save
 
 WIDE_TICKS = (-93.75, -87.5, -75, -50, 0, 100, 300, 700, 1500)  # percent: powers of two
+DRAWN = 40  # effects; more stand in comparisons.csv
 FLOOR_WITHIN = 4  # times the smallest value: a floor farther below is named, not drawn
 
 
@@ -35,7 +36,7 @@ class Picture:
     file: str
     caption: str
     cell: str
-    ids: tuple[str, ...]
+    ids: list[str] | None
 
 
 def draw_all(study: Study, table: pd.DataFrame, folder: Path) -> dict[str, list[Picture]]:
@@ -53,7 +54,7 @@ def draw_all(study: Study, table: pd.DataFrame, folder: Path) -> dict[str, list[
                     file = f"{name}-{cell}.png"
                     save(figure, folder / file)
                     found.setdefault(name, []).append(
-                        Picture(file, caption, cell, tuple(dict.fromkeys(ids))))
+                        Picture(file, caption, cell, ids))
     return found
 
 
@@ -66,11 +67,11 @@ def preview(study: Study, table: pd.DataFrame, path: Path) -> bool:
             continue
         with matplotlib.rc_context(STYLE):
             files = probes.sample_files(study, cell)
-            figure = Figure(figsize=(14, 5.4 + 2.3 * bool(files)), layout="constrained")
-            top, *below = figure.subfigures(1 + bool(files), 1, squeeze=False,
-                                            height_ratios=[5.4, 2.3][:1 + bool(files)])[:, 0]
+            tall = [5.4, *([2.9 * probes.strip_shape(len(files))[0]] if files else [])]
+            figure = Figure(figsize=(14, sum(tall)), layout="constrained")
+            top, *below = figure.subfigures(len(tall), 1, squeeze=False, height_ratios=tall)[:, 0]
             left, right = top.subplots(1, 2, width_ratios=[1, 1])
-            forest(left, rows.head(10), colours, endpoint["metric"])
+            forest(left, rows.head(12), colours, endpoint["metric"])
             left.set_title(f"Effects on {tables.title(endpoint['metric'], endpoint['nfe'])}",
                            x=-0.3)
             curve(right, study, cell, endpoint, colours)
@@ -134,16 +135,18 @@ def forest(axes: Axes, rows: pd.DataFrame, colours: dict[str, Any], metric: str,
         ticks = [t for t in ticks if ends[0] <= t <= ends[1]]
         axes.set_xticks([math.log1p(t / 100) for t in ticks],
                         [f"{t:+.3g} %".replace("-", "\u2212") if t else "0" for t in ticks])
-    axes.set_xlabel(("change in " if log else "difference in ") + tables.title(metric)
-                    + r"   (better $\leftarrow$ 0 $\rightarrow$ worse)")
+    what = (f"change in {tables.title(metric)}, logarithmic axis" if log
+            else f"difference in {tables.title(metric)}")
+    axes.set_xlabel(what + r"   (better $\leftarrow$ 0 $\rightarrow$ worse)")
 
 
 def _effects(study: Study, table: pd.DataFrame, cell: str,
              colours: dict[str, Any]) -> Drawn:
     rows, endpoint = shown(study, table, cell), tables.shown_endpoint(study, cell)
-    if endpoint is None or not rows["n"].any():
+    rows = rows[rows["n"] > 0].head(DRAWN)
+    if endpoint is None or rows.empty:
         return None
-    figure = Figure(figsize=(9, 1.3 + 0.46 * int((rows["n"] > 0).sum())))
+    figure = Figure(figsize=(9, 1.3 + 0.46 * len(rows)))
     forest(figure.subplots(), rows, colours, endpoint["metric"],
            float(study.primaries.get(cell, {}).get("margin", 0)))
     ids = tables.select(study.measures[study.measures.cell == cell], endpoint)["id"]

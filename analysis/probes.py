@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure, SubFigure
 from PIL import Image
 
-from analysis import tables
+from analysis import tables, words
 from analysis.load import Study
 from analysis.style import GREY, INK, MARKERS, Drawn, capital
 
@@ -24,56 +24,98 @@ SCORE_PANELS = (("variance", "variance of the estimate given $x_t$"),
                 ("bias2", "squared bias against the\nknown denoiser"),
                 ("distance2", "squared distance of its mean to\nthe empirical posterior mean"),
                 ("held_out_loss", "denoising loss on held-out data"))
-SAMPLES_PER_ROW = 8
+SMALLEST = 1e-6  # of the largest value in a panel: what lies below is rounding
 
 
 def score(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any]) -> Drawn:
-    """Variance and error of each score's estimate against sigma, one panel per quantity."""
+    """Variance and error of each score's estimate against sigma, one panel per quantity.
+
+    A score is measured once, in the folder of one run; its curve is labelled with the score and
+    all variants that use it.
+    """
     rows = study.score_errors[study.score_errors.cell == cell]
-    rows = rows[rows.name.isin(list(colours))]
     panels = [(k, label) for k, label in SCORE_PANELS if rows[k].notna().any()]
-    if rows.empty or not panels:
+    if not panels:
         return None
-    scores = {r["name"]: json.dumps(r["factors"].get("score"), sort_keys=True)
-              for r in study.recipes if r["cell"] == cell and r["name"] in colours
-              and "score" not in r.get("ignored", [])}
+    groups = _by_score(study, cell, rows, list(colours))
     figure = Figure(figsize=(3.7 * len(panels) + 0.6, 4.1), layout="constrained")
-    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    grid = figure.subplots(1, len(panels), squeeze=False, sharex=True)[0]
+    posterior = rows.groupby("sigma")["posterior_variance"].mean()
+    hidden = False
     for axes, (key, label) in zip(grid, panels, strict=True):
-        for name, group in rows.groupby("name", sort=False):
-            sharing = [n for n, s in scores.items() if s == scores.get(name)] or [name]
-            kind = json.loads(scores.get(str(name), "null") or "null") or {}
-            text = f"{kind.get('kind', name)} ({', '.join(sharing)})"
-            curve_ = group.groupby("sigma")[key].agg(["mean", "min", "max"])
-            positive = curve_.where(curve_ > 0)
-            zero = curve_["mean"].eq(0).all()
-            axes.plot(positive.index, positive["mean"], marker="o", ms=4, mew=0,
-                      color=colours[str(name)], label=text + (": variance 0" if zero else ""))
-            axes.fill_between(positive.index, positive["min"], positive["max"], alpha=0.15, lw=0,
-                              color=colours[str(name)])
-        posterior = rows.groupby("sigma")["posterior_variance"].mean()
-        axes.plot(posterior.index, posterior.where(posterior > 0), color=INK, lw=1, ls="--",
+        top, before = np.nanmax([rows[key].max(), posterior.max()]), []
+        for text, sharing, group in groups:
+            group = group.assign(square=group[f"{key}_se"] ** 2)
+            curve_ = group.groupby("sigma").agg(
+                mean=(key, "mean"), low=(key, "min"), high=(key, "max"), n=(key, "count"),
+                square=("square", "sum"))
+            noise = 2 * np.sqrt(curve_["square"]) / curve_["n"].clip(1)
+            told = curve_.where(curve_["mean"] > np.maximum(noise, SMALLEST * top))
+            mean = told["mean"].to_numpy()
+            over = any(len(mean) == len(b) and np.isfinite(mean).any()
+                       and np.allclose(mean, b, rtol=0.02, equal_nan=True) for b in before)
+            before.append(mean)
+            hidden |= over
+            colour = colours[sharing[0]] if sharing else GREY
+            name = f"{text}: {', '.join(sharing)}" if sharing else text
+            axes.plot(told.index, mean, linestyle=(0, (3, 3)) if over else "-",
+                      marker="" if over else "o", ms=4, mew=0, color=colour,
+                      label=name + " (variance 0)" * bool(group["variance"].eq(0).all()))
+            axes.fill_between(told.index, told["low"].where(told["low"] > 0), told["high"],
+                              alpha=0.15, lw=0, color=colour)
+        axes.plot(posterior.index, posterior.where(posterior > 0), color=INK, lw=1, ls=":",
                   label=r"posterior variance $E\,\mathrm{Tr\,Cov}[x\,|\,x_t]$")
         if rows.t_star.notna().any():
-            axes.axvline(rows.t_star.mean(), color=GREY, lw=1.2, ls=":", label="$t^*$")
-        axes.set(xscale="log", yscale="log", xlabel=r"noise level $\sigma$")
-        top = np.nanmax([rows[key].max(), posterior.max()])
-        if top > 0:  # what lies below is rounding
-            axes.set_ylim(max(axes.get_ylim()[0], 1e-6 * top), 3 * top)
+            axes.axvline(rows.t_star.mean(), color=GREY, lw=1.2, ls="-.", label="$t^*$")
+        axes.set(xscale="log", yscale="log", xlabel=r"noise level $\sigma$",
+                 xlim=(rows.sigma.min() / 1.5, rows.sigma.max() * 1.5))
+        if top > 0:
+            axes.set_ylim(max(axes.get_ylim()[0], SMALLEST * top), 3 * top)
         axes.set_title(capital(label), fontsize=10)
     grid[0].set_ylabel(f"denoiser units, summed over d = {rows.dimension.iloc[0]:.0f}")
     handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
     star = rows.t_star.mean()
-    caption = ("Error of each variant's estimate D^ of E[x | x_t]; divide by sigma^2 for velocity "
-               "units, by sigma^4 for score units. Measured once per data, score and source. "
-               "Not drawn: values at or below 0 (unbiased estimates of nearly 0) or below a "
-               "millionth of the largest.")
+    caption = ("Error of each score's estimate D^ of E[x | x_t]; divide by sigma^2 for velocity "
+               "units, by sigma^4 for score units. Not drawn: what lies within two standard "
+               "errors of 0, or below a millionth of the largest.")
+    if hidden:
+        caption += (" Dashed: a line that would cover another. The held-out loss is that of the "
+                    "estimate's mean, and the means of the single-sample and the empirical "
+                    "estimate are both the empirical posterior's.")
     if star == star:
         caption += (f" t* = {star:.3g} is the largest sigma at which the posterior over the "
                     "training set is still the one image that made x_t (mean weight .99 or more): "
-                    "below it only a trained score differs from that image.")
-    return figure, caption, list(rows["id"])
+                    "below it only a trained score differs from that image. Near t* the "
+                    "single-sample variance is a rare-event estimate; the posterior variance, "
+                    "its exact value, is not.")
+    lacking = study.missing[(study.missing.cell == cell)
+                            & study.missing.file.str.contains("-score_error-")]["file"].nunique()
+    measured = rows["file"].nunique()
+    return figure, (f"{caption} Stands on {measured} of {measured + lacking} distinct "
+                    "scores."), None
+
+
+def _by_score(study: Study, cell: str, rows: pd.DataFrame, names: list[str]
+              ) -> list[tuple[str, list[str], pd.DataFrame]]:
+    """(the score in words, the variants that use it, its rows) per score, in file order."""
+    name_of = dict(zip(study.runs["id"][::-1], study.runs["name"][::-1], strict=True))
+    first = {n: name_of[i] for n, i in study.runs.loc[study.runs.cell == cell, ["name", "id"]]
+             .itertuples(index=False)}
+
+    def text(given: dict[str, Any], run_names: dict[str, str]) -> str:
+        run = given.get("run")
+        return words.factor_text(given | ({"run": run_names.get(run, run)} if run else {}))
+
+    sharing: dict[str, list[str]] = {}
+    for r in study.recipes:
+        if r["cell"] == cell and r["name"] in names and "score" not in r["ignored"]:
+            sharing.setdefault(text(r["factors"].get("score", {}), first), []).append(r["name"])
+    found: dict[str, list[pd.DataFrame]] = {}
+    for given, group in rows.groupby("score", sort=False):
+        found.setdefault(text(json.loads(str(given)), name_of), []).append(group)
+    order = [*sharing, *(t for t in found if t not in sharing)]
+    return [(t, sharing.get(t, []), pd.concat(found[t])) for t in order if t in found]
 
 
 def map_error(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any]) -> Drawn:
@@ -115,17 +157,22 @@ def sample_files(study: Study, cell: str) -> list[tuple[str, str, Path]]:
     return best
 
 
+def strip_shape(n: int) -> tuple[int, int]:
+    """Rows and columns of n sample grids: one row up to four, then two, of up to six each."""
+    columns = n if n <= 4 else min(math.ceil(n / 2), 6)
+    return math.ceil(n / columns), columns
+
+
 def strip(figure: Figure | SubFigure, files: list[tuple[str, str, Path]],
           colours: dict[str, Any]) -> None:
     """The samples of one seed side by side, each under its variant's name."""
-    columns = min(len(files), SAMPLES_PER_ROW)
-    grid = figure.subplots(math.ceil(len(files) / columns), columns, squeeze=False)
+    grid = figure.subplots(*strip_shape(len(files)), squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
     for axes, (name, _, file) in zip(grid.flat, files, strict=False):
         with Image.open(file) as image:
             axes.imshow(np.asarray(image), cmap="gray", interpolation="nearest")
-        axes.set_title(name, fontsize=9.5, color=colours[name], loc="center")
+        axes.set_title(name, fontsize=11, color=colours[name], loc="center")
 
 
 def samples(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any]) -> Drawn:
@@ -133,9 +180,8 @@ def samples(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any]) -
     files = sample_files(study, cell)
     if not files:
         return None
-    rows = math.ceil(len(files) / SAMPLES_PER_ROW)
-    figure = Figure(figsize=(1.55 * min(len(files), SAMPLES_PER_ROW), 1.9 * rows),
-                    layout="constrained")
+    rows, columns = strip_shape(len(files))
+    figure = Figure(figsize=(2.6 * columns, 2.9 * rows), layout="constrained")
     strip(figure, files, colours)
     seed = study.runs.loc[study.runs["id"] == files[0][1], "seed"].iloc[0]
     return figure, (f"Samples of seed {seed}, every variant from the same fixed noise. "

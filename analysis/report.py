@@ -7,6 +7,7 @@ it stands on. The same run folders give the same bytes.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def build(folder: Path) -> Path:
     frames = {"runs": study.runs, "measures": study.measures, "comparisons": table,
               "score_error": study.score_errors, "map_error": study.map_errors}
     for name, frame in frames.items():
+        if name == "map_error" and frame.empty:
+            continue
         frame.to_csv(out / f"{name}.csv", index=False, float_format="%.10g", lineterminator="\n")
     pictures = plots.draw_all(study, table, out)
     plots.preview(study, table, out / "preview.png")
@@ -52,7 +55,8 @@ def build(folder: Path) -> Path:
     sections = [
         Section("Question", (Text(study.question or "(none stated)", "question"),)),
         Section("Answer", tuple(Text(t, "answer") for t in words.answers(study, table))
-                + tuple(Text(t) for t in words.powers(study, table))),
+                + tuple(_beside(study, table))),
+        Section("Variants", tuple(_variants(study))),
         Section("Completeness", tuple(_completeness(study))),
         Section("Comparisons", (*_comparisons(study, table, mismatches), *figures("effects"))),
         Section("Metric against budget", (*_values(study, mismatches), *figures("curves"))),
@@ -66,6 +70,24 @@ def build(folder: Path) -> Path:
     (out / "report.md").write_text(markdown(title, sections), encoding="utf-8")
     (out / "report.html").write_text(html(title, sections, out), encoding="utf-8")
     return out / "report.html"
+
+
+def _beside(study: Study, table: pd.DataFrame) -> list[Block]:
+    """What stands under the answer: the comparisons beside it, and what more seeds would show."""
+    beside, powers = words.beside(study, table), words.powers(study, table)
+    command = words.more_seeds(study) if powers else ""
+    return [*([Items(tuple(beside))] if beside else []), *(Text(t) for t in powers),
+            *([Text(command, "command")] if command else [])]
+
+
+def _variants(study: Study) -> list[Block]:
+    blocks: list[Block] = []
+    for cell in study.cells:
+        rows, shared = words.recipes(study, cell)
+        blocks.append(Table(("variant", "how it is trained", "images"), tuple(rows),
+                            f"{cell}. Named are a variant's own factors; all else is as most "
+                            f"variants have it: {shared}."))
+    return blocks
 
 
 def _completeness(study: Study) -> list[Block]:
@@ -89,7 +111,8 @@ def _completeness(study: Study) -> list[Block]:
     blocks: list[Block] = [
         Text(f"{len(runs)} runs planned: {detail}. Unfinished means running or interrupted."),
         Table(tuple(header[k] for k in keep), tuple(tuple(row[k] for k in keep) for row in rows),
-              "Names that mean the same run share its folder and are counted once.")]
+              "Names that mean the same run share its folder and are counted once."
+              if study.runs.same_as.any() else "")]
     bad = runs[(runs["state"] == "failed") | (runs.outcome == "diverged")]
     if len(bad):
         blocks.append(Items(_some(f"{r.folder}: {r.outcome or r.state}: {r.reason}; log in "
@@ -108,14 +131,15 @@ def _comparisons(study: Study, table: pd.DataFrame, mismatches: list[ledger.Mism
         log = stats.is_log(endpoint["metric"])
         verdicts = bool((rows.n >= stats.VERDICT_FROM).any())
         header = ["compared", "differs in", "effect", "95 % interval", "95 % pooled", "seeds",
-                  *(["Holm p", "sign-flip p", "verdict"] if verdicts else []), "images matched"]
+                  *(["Holm p", "sign-flip p", "verdict"] if verdicts else []),
+                  "own + charged images equal", "equal with sources too"]
         show = words.percent_text if log else words.signed
         body = [(f"{r.variant} − {r.baseline}", r.differs, show(r.effect) if r.n else "–",
                  words.interval(r.low, r.high, log),
                  words.interval(r.low_pooled, r.high_pooled, log),
                  f"{r.n}/{r.planned}" + (f", {r.diverged} diverged" if r.diverged else ""),
                  *((words.p_text(r.p_holm), words.p_text(r.sign_flip_p), r.verdict.split(":")[0])
-                   if verdicts else ()), r.matched)
+                   if verdicts else ()), r.matched, r.matched_with_sources)
                 for r in rows.itertuples()]
         ids = tables.select(study.measures[study.measures.cell == cell], endpoint)["id"]
         caption = [f"{cell}: {tables.described(endpoint)}. Effects above 0 mean worse than the "
@@ -134,6 +158,7 @@ def _comparisons(study: Study, table: pd.DataFrame, mismatches: list[ledger.Mism
                            + "; ".join(whats) + ".")
         blocks.append(Table(tuple(header), tuple(body), " ".join(caption),
                             tuple(i for i, r in enumerate(rows.role) if r == "primary")))
+    blocks.append(Text(words.GLOSSARY))
     rest = int((table.role == "descriptive").sum())
     if rest:
         blocks.append(Text(f"{rest} more comparisons, at other points, numbers of evaluations and "
@@ -193,8 +218,7 @@ def _provenance(study: Study) -> list[Block]:
              ledger.environment(study.attempts, column).items()) or "no attempt recorded")
              for column, label in ledger.ENVIRONMENT]
     blocks: list[Block] = [Items(tuple(lines)),
-                           Text("Metric identities; only equal ones are compared or averaged:"),
-                           Items(tuple(study.measures.identity.unique()) or ("none yet",))]
+                           *_identities(study)]
     if len(study.missing):
         blocks += [Text(f"{len(study.missing)} measurements asked for are not there:"),
                    Items(_some(f"{m.name}, {m.cell}, seed {m.seed}: {m.file}: {m.why}"
@@ -205,6 +229,17 @@ def _provenance(study: Study) -> list[Block]:
         blocks += [Text(f"{len(study.problems)} files could not be read:"),
                    Items(_some(study.problems))]
     return blocks
+
+
+def _identities(study: Study) -> list[Block]:
+    """What the measured values are, what all have in common said once."""
+    parts = [re.split(r", (?=\w+=)", what[:-1].replace("[", ", ", 1))
+             for what in study.measures.identity.unique()]
+    common = [p for p in parts[0] if all(p in other for other in parts)] if parts[1:] else []
+    lines = (", ".join(p for p in line if p not in common) for line in parts)
+    return [Text("Metric identities; only equal ones are compared or averaged"
+                 + (f"; all have {', '.join(common)}:" if common else ":")),
+            Items(tuple(lines) or ("none yet",))]
 
 
 def _trace(study: Study) -> list[Block]:
@@ -251,7 +286,8 @@ deleted and rebuilt; the same run folders give the same bytes.
 
 exit status: 0 done; 2 a study is missing or cannot be read""")
     parser.add_argument("study", nargs="*", metavar="STUDY",
-                        help="a name under results/ or a study folder; none: all under results/")
+                        help="a name under results/, its file under sweeps/, or a study folder; "
+                             "none: all under results/")
     names = parser.parse_args(arguments).study
     results, code = Path("results"), 0
     try:
@@ -260,13 +296,13 @@ exit status: 0 done; 2 a study is missing or cannot be read""")
             raise StudyError(f"{results}/: no study here; start one with "
                              "python -m study.run sweeps/grid.yaml, or name a study folder")
     except StudyError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     for folder in folders:
         try:
             print(build(folder))
         except StudyError as error:
-            print(error, file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr)
             code = 2
     return code
 

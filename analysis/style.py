@@ -20,7 +20,8 @@ STYLE = {**sns.axes_style("ticks"), **sns.plotting_context("notebook", font_scal
          "axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold",
          "axes.titlelocation": "left", "axes.axisbelow": True, "legend.frameon": False,
          "font.family": ["DejaVu Sans"], "figure.dpi": 144, "lines.linewidth": 1.8}
-Drawn = tuple[Figure, str, list[str]] | None  # figure, caption, ids of the runs drawn
+# figure, caption, ids of the runs drawn (None: the caption itself says what it stands on)
+Drawn = tuple[Figure, str, list[str] | None] | None
 
 
 def palette(study: Study) -> dict[str, Any]:

@@ -13,12 +13,14 @@ other endpoints (metric, NFE, point, EMA, reference) are described, without verd
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.ticker import EngFormatter
+from numpy.typing import NDArray
 
 from analysis import stats
 from analysis.load import Study, number
@@ -34,8 +36,9 @@ STEPS = {1: "one-step ", 2: "two-step "}
 COMPARISON_COLUMNS = (
     "cell", "variant", "baseline", "differs", *ENDPOINT, "n", "planned", "diverged", "effect",
     "low", "high", "low_pooled", "high_pooled", "p", "p_holm", "sign_flip_p", "verdict", "matched",
-    "matched_with_sources", "role", "percent", "percent_low", "percent_high", "sd",
-    "diverged_variant", "diverged_baseline", "equal_variances_p", "points", "identity")
+    "matched_with_sources", "role", "mean_variant", "mean_baseline", "percent",
+    "percent_low", "percent_high", "sd", "diverged_variant", "diverged_baseline",
+    "equal_variances_p", "points", "identity")
 BUDGET, SPLIT = "budget", "budget split"
 AMOUNT = EngFormatter(sep="")  # 64k
 
@@ -231,51 +234,57 @@ def _same(a: dict[str, Any], b: dict[str, Any] | None) -> bool:
 def _group(made: list[Pair], ids: pd.DataFrame, diverged: set[tuple[str, int]],
            where: dict[str, Any], group: pd.DataFrame, tested: bool) -> list[dict[str, Any]]:
     """The comparisons of one cell at one endpoint and identity."""
-    values = group.pivot(index="seed", columns="name", values="value").reindex(ids.index)
-    images = [group.pivot(index="seed", columns="name", values=k).reindex(ids.index)
-              for k in ("images_total", "images_with_sources")]
-    g = pd.DataFrame(stats.transform(where["metric"], values.to_numpy(dtype=float)),
-                     index=values.index, columns=values.columns)
-    for name, seed in diverged:
-        if name in g.columns:
-            g.loc[seed, name] = np.nan
-    fit = stats.layout(g.to_numpy())
-    rows = []
+    def wide(column: str) -> pd.DataFrame:
+        return group.pivot(index="seed", columns="name", values=column).reindex(ids.index)
+
+    values = wide("value")
+    g = stats.transform(where["metric"], values.to_numpy(dtype=float, copy=True))
+    place = {n: j for j, n in enumerate(values.columns)}
+    for i, seed in enumerate(ids.index):
+        g[i, [place[x] for x, s in diverged if s == seed and x in place]] = np.nan
+    images = [wide(k).to_numpy(dtype=float) for k in ("images_total", "images_with_sources")]
+    planned, gone = ids.notna(), Counter(x for x, _ in diverged)
+    log, fit, rows = stats.is_log(where["metric"]), stats.layout(g), []
     for pair in made:
         a, b = pair.variant, pair.baseline
-        if len(group) and not {a, b} & set(g.columns):
+        if len(group) and not {a, b} & set(place):
             continue
-        empty = pd.Series(np.nan, index=ids.index)
-        d = g.get(a, empty) - g.get(b, empty)
-        d = d[d.notna()]
-        counts = [sum((x, s) in diverged for s in ids.index) for x in (a, b)]
+        both = [place[x] for x in (a, b) if x in place]
+        there = (np.isfinite(g[:, both]).all(axis=1) if len(both) == 2
+                 else np.zeros(len(g), dtype=bool))
+        sides = g[np.ix_(there, both)]
+        d = sides[:, 0] - sides[:, 1] if there.any() else np.empty(0)
+        means = sides.mean(axis=0) if there.any() else np.full(2, np.nan)
+        means = np.exp(means) if log else means
+        matched = [_equal(x[np.ix_(there, both)]) for x in images]
+        counts = [gone.get(x, 0) for x in (a, b)]
         e = stats.paired(d.tolist())
         low, high = stats.pooled_interval(e.effect, e.n, fit)
-        log = stats.is_log(where["metric"])
-        matched = [_equal(x.loc[d.index, [a, b]] if len(d) else None) for x in images]
         rows.append(where | {
             "variant": a, "baseline": b, "differs": ", ".join(pair.differs), "n": e.n,
-            "planned": int(ids[[a, b]].notna().all(axis=1).sum()),
-            "diverged": len({s for x, s in diverged if x in (a, b)}),
+            "planned": int((planned[a] & planned[b]).sum()),
+            "diverged": len({s for x, s in diverged if x in (a, b)}) if any(counts) else 0,
             "effect": e.effect, "low": e.low, "high": e.high, "low_pooled": low,
             "high_pooled": high, "p": e.p, "p_holm": math.nan, "verdict": "",
             "sign_flip_p": stats.sign_flip_p(d.tolist()), "matched": matched[0],
             "matched_with_sources": matched[1],
             "role": pair.role if tested else "descriptive", "sd": e.sd,
+            "mean_variant": means[0], "mean_baseline": means[1],
             "diverged_variant": counts[0], "diverged_baseline": counts[1],
             "percent": stats.percent(e.effect) if log else math.nan,
             "percent_low": stats.percent(e.low) if log else math.nan,
             "percent_high": stats.percent(e.high) if log else math.nan,
             "equal_variances_p": fit.equal_variances_p,
-            "points": " ".join(f"{s}:{x:+.10g}" for s, x in d.items())})
+            "points": " ".join(f"{s}:{x:+.10g}" for s, x
+                               in zip(ids.index[there], d, strict=True))})
     return rows
 
 
-def _equal(totals: pd.DataFrame | None) -> str:
+def _equal(totals: NDArray[np.float64]) -> str:
     """Whether two columns of images are equal in every block: yes, no, or unknown."""
-    if totals is None or totals.isna().any(axis=None):
+    if not totals.size or np.isnan(totals).any():
         return "unknown"
-    return "yes" if (totals.iloc[:, 0] == totals.iloc[:, 1]).all() else "no"
+    return "yes" if (totals[:, 0] == totals[:, 1]).all() else "no"
 
 
 def effect_of(row: pd.Series) -> stats.Effect:

@@ -1,8 +1,10 @@
-"""Numbers and results in words: signs, units, and the answer to the study's question."""
+"""Numbers, factors and results in words: signs, units, the answer to the study's question."""
 
 from __future__ import annotations
 
+import json
 import math
+from typing import Any
 
 import pandas as pd
 from matplotlib.ticker import EngFormatter
@@ -15,6 +17,15 @@ VERDICTS = {"tie": "a tie within the margin",
             "supported": "the claim that {variant} is worse is supported",
             "refuted": "the claim that {variant} is worse is refuted",
             stats.SCREENING: "screening, no verdict"}
+KINDS = {"single_sample": "single sample (CT)", "teacher": "teacher {run} (CD)",
+         "empirical": "exact posterior mean of the training set",
+         "analytic": "exact posterior mean of the mixture", "run": "weights of {run}",
+         "frozen": "frozen {run}", "stopgrad": "own weights, stop-gradient"}
+GLOSSARY = ("EMA: moving average of the weights, its length a share of training. NFE: network "
+            "evaluations per sample. Block: the runs of one cell and seed, which differ only in "
+            "the variant. Charged: images spent on a source and taken from the variant's own "
+            "budget. Real against real: the metric between real images and other real images, "
+            "what a perfect model would reach.")
 
 
 def answers(study: Study, table: pd.DataFrame) -> list[str]:
@@ -29,11 +40,12 @@ def answers(study: Study, table: pd.DataFrame) -> list[str]:
         elif rows.empty:
             sentences.append(f"{where}{primary['variant']} and {primary['against']} are the same "
                              "run: there is nothing to compare.")
-        sentences += [where + _sentence(row) for _, row in rows.iterrows()]
+        sentences += [where + sentence(row) for _, row in rows.iterrows()]
     return [s[:1].upper() + s[1:] if s.startswith("no ") else s for s in sentences]
 
 
-def _sentence(row: pd.Series) -> str:
+def sentence(row: pd.Series) -> str:
+    """A comparison in one sentence: size, means, interval, seeds, verdict, what is unequal."""
     name, log = tables.title(row.metric, row.nfe), stats.is_log(row.metric)
     seeds = f"{row.n} of {row.planned} seeds"
     gone = (f" Diverged: {row.diverged_variant} of {row.variant}, {row.diverged_baseline} of "
@@ -45,14 +57,37 @@ def _sentence(row: pd.Series) -> str:
                 f"and {row.baseline}.{gone}")
     size = (f"{abs(row.percent):.{1 if abs(row.percent) < 10 else 0}f}\u00a0%" if log
             else f"{abs(row.effect):.3g}")
-    text = f"{row.variant}'s {name} is {size} {'higher' if row.effect > 0 else 'lower'} than " \
-           f"{row.baseline}'s"
-    show = percent_text if log else signed
+    text = (f"{row.variant}'s {name} is {size} {'higher' if row.effect > 0 else 'lower'} than "
+            f"{row.baseline}'s ({row.mean_variant:.3g} against {row.mean_baseline:.3g}, "
+            f"{'geometric ' if log else ''}means; ")
     if row.n < stats.INTERVAL_FROM:
+        show = percent_text if log else signed
         points = ", ".join(show(float(p.split(":")[1])) for p in row["points"].split())
-        return f"{text} ({seeds}: {points}; too few for an interval): {verdict}.{gone}"
-    return (f"{text} (95 % interval {interval(row.low, row.high, log)}, {seeds}): "
-            f"{verdict}.{gone}")
+        return f"{text}{seeds}: {points}; too few for an interval): {verdict}.{gone}"
+    null = "the interval includes no difference (0); " if row.low <= 0 <= row.high else ""
+    return (f"{text}95 % interval {interval(row.low, row.high, log)}, {seeds}): "
+            f"{null}{verdict}.{gone}")
+
+
+def beside(study: Study, table: pd.DataFrame) -> list[str]:
+    """One sentence for every other comparison that differs in the primary's factor alone, and the
+    noise floor that each A/A twin gives.
+    """
+    sentences = []
+    for cell in study.cells:
+        rows = table[(table.cell == cell) & table.role.isin(["primary", "secondary"])]
+        factors = rows[rows.role == "primary"].differs
+        rows, where = rows[rows.role == "secondary"], f"{cell}: " * (len(study.cells) > 1)
+        for _, row in rows[rows.n > 0].iterrows():
+            if row.differs in set(factors) and ", " not in row.differs:
+                sentences.append(where + sentence(row))
+            elif row.differs == "data_stream":
+                sentences.append(
+                    f"{where}noise floor: {row.variant} and {row.baseline} are the same training "
+                    "on other noise and order, so their difference "
+                    f"({interval(row.low, row.high, stats.is_log(row.metric))}, 95 % interval, "
+                    f"{row.n} of {row.planned} seeds) is chance alone.")
+    return sentences
 
 
 def powers(study: Study, table: pd.DataFrame) -> list[str]:
@@ -63,12 +98,66 @@ def powers(study: Study, table: pd.DataFrame) -> list[str]:
         seeds = stats.seeds_needed(tables.effect_of(row), margin)
         size = percent_text(margin) if stats.is_log(row.metric) else f"{margin:g}"
         if row.n and row.n < stats.VERDICT_FROM:
-            texts.append(f"A verdict wants {stats.VERDICT_FROM} seeds or more; {row.n} show "
-                         "effects and their spread.")
+            texts.append(f"A verdict wants {stats.VERDICT_FROM} seeds or more; fewer show "
+                         "effects and their spread. This command trains only the new seeds:")
         elif seeds:
             texts.append(f"With the spread seen in {row.cell}, an effect as large as the margin "
                          f"({size}) would need {seeds} seeds to be found with a chance of 80 %.")
-    return texts
+    return list(dict.fromkeys(texts))
+
+
+def more_seeds(study: Study) -> str:
+    """The command that brings a study to the seeds that a verdict wants; "" if it plans them."""
+    new = [s for s in range(2 * stats.VERDICT_FROM) if s not in study.seeds]
+    seeds = [*study.seeds, *new][:stats.VERDICT_FROM]
+    return (f"python -m study.run sweeps/{study.name}.yaml --set seeds='{seeds}'"
+            if len(study.seeds) < stats.VERDICT_FROM else "")
+
+
+def recipes(study: Study, cell: str) -> tuple[list[tuple[str, str, str]], str]:
+    """(name, its factors, its images) per variant of a cell, and the factors that they share.
+
+    A variant is told by the factors in which it differs from the value that most have, and by
+    those in which the primary's two sides differ.
+    """
+    every = {r["name"]: r for r in study.recipes if r["cell"] == cell}
+    own = [r for r in every.values() if r["role"] == "variant"]
+    primary = study.primaries.get(cell)
+    told = tables.differing(every, primary["variant"], primary["against"]) if primary else ()
+    found: dict[str, list[str]] = {r["name"]: [] for r in own}
+    shared = []
+    for factor in dict.fromkeys(f for r in own for f in r["factors"]):
+        if factor == tables.BUDGET:
+            continue
+        texts = {r["name"]: factor_text(r["factors"].get(factor)) for r in own
+                 if factor not in r["ignored"]}
+        values = list(texts.values())
+        common = max(values, key=values.count, default="")
+        label = factor.replace("_", " ")
+        for name, text in texts.items():
+            if text != common or factor in told:
+                found[name].append(f"{label}: {text}")
+        if factor not in told:
+            shared.append(f"{label} {common}")
+    rows = []
+    for name, parts in found.items():
+        images, charged = tables.planned(every, name)
+        rows.append((name, "; ".join(parts) or "all as most", f"{tables.AMOUNT(images)} own"
+                     + f" + {tables.AMOUNT(charged)} charged" * bool(charged)))
+    return rows, "; ".join(shared)
+
+
+def factor_text(given: Any) -> str:  # noqa: ANN401 (a JSON value)
+    """A factor's value in plain words."""
+    if isinstance(given, dict):
+        fields = {k: v for k, v in given.items() if k != "kind" and v is not None}
+        kind = str(given.get("kind", ""))
+        if kind in KINDS:
+            return KINDS[kind].format(run=fields.get("run", "?"))
+        kind = kind.replace("_", " ")
+        inner = ", ".join(f"{k} {factor_text(v)}" for k, v in fields.items())
+        return f"{kind} ({inner})" if inner and kind else inner or kind
+    return given if isinstance(given, str) else json.dumps(given)
 
 
 def percent_text(effect: float) -> str:

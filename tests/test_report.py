@@ -135,7 +135,8 @@ def test_vectors(tmp_path: Path) -> None:
     folder = fake.write(tmp_path / "s", seeds=[0, 1], variants=FEW, vectors=True, primary=primary)
     text = report.build(folder).with_suffix(".md").read_text()
     assert re.search(r"ct's consistency-map error is [^,;]+ \([\d.]+ against [\d.]+, "
-                     r"geometric means; 2 of 2 seeds: [^,;]+, [^,;]+; too few for an interval\)", text)
+                     r"geometric means; 2 of 2 seeds: [^,;]+, [^,;]+; too few for an interval\)",
+                     text)
     assert "mass between modes, 1 NFE" in text
     assert (folder / "report" / "map_error-digits.png").is_file()
 
