@@ -17,11 +17,12 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any
 
 import msgspec
 import pandas as pd
 
+from analysis.files import Plan, Record, Trained
 from study.errors import StudyError, nearest
 
 SCHEMA = 1
@@ -42,88 +43,6 @@ SCORE_COLUMNS = ("name", "cell", "seed", "id", "at", "score", "sigma", *PER_SIGM
 MAP_COLUMNS = ("name", "cell", "seed", "id", "at", "ema", "sigma", "rms", "identity", "file")
 ATTEMPT_COLUMNS = ("id", "commit", "dirty", "device", "torch", "python", "host")
 MISSING_COLUMNS = ("name", "cell", "seed", "id", "file", "why")
-
-
-class Factors(TypedDict, total=False):
-    """The factors that the analysis looks into."""
-
-    budget: dict[str, Any]
-    score: dict[str, Any]
-    init: dict[str, Any]
-    target: dict[str, Any]
-
-
-class Recipe(TypedDict):
-    """One variant or source of a cell, in study.json."""
-
-    name: str
-    role: Literal["variant", "source"]
-    cell: str
-    factors: Factors
-    charge: list[str]
-    ignored: list[str]
-
-
-class Entry(TypedDict):
-    """One run in study.json; recipe: its place in the list of recipes."""
-
-    recipe: int
-    seed: int
-    id: str
-    folder: str
-    refs: list[str]
-    charged: list[str]
-    measures: list[str]
-
-
-class Primary(TypedDict):
-    """The primary comparison of a cell, in study.json."""
-
-    variant: str
-    against: str
-    metric: str
-    nfe: float | None
-    at: float
-    ema: float | None
-    reference: str | None
-    margin: float
-
-
-class Plan(TypedDict):
-    """study.json."""
-
-    name: str
-    question: str
-    primary: dict[str, Primary | None] | None
-    seeds: list[int]
-    cells: list[str]
-    recipes: list[Recipe]
-    runs: list[Entry]
-
-
-class Trained(TypedDict, total=False):
-    """trained.json."""
-
-    id: str
-    outcome: str
-    spend: dict[str, Any]
-    snapshots: list[dict[str, Any]]
-    data_digest: str | None
-    init_digest: str | None
-    stream_digest: str | None
-
-
-class Settings(TypedDict):
-    """What makes two measurements alike; other keys are free."""
-
-    kind: str
-
-
-class Record(TypedDict):
-    """A measurement file; its values are free."""
-
-    id: str
-    settings: Settings
 
 
 @dataclass(frozen=True)
@@ -276,6 +195,10 @@ def _plan(path: Path) -> dict[str, Any]:
     if wrong:
         raise StudyError(f"{path}: runs: recipe {wrong[0]} given, of {len(plan['recipes'])}")
     names = {(r["cell"], r["name"]) for r in plan["recipes"]}
+    for cell, primary in (plan["primary"] or {}).items():
+        for side in ("variant", "against"):
+            if primary and (cell, primary[side]) not in names:
+                raise StudyError(f"{path}: primary: {cell} has no variant {primary[side]!r}")
     for recipe in plan["recipes"]:
         for charge in recipe["charge"]:
             if (recipe["cell"], charge) not in names:

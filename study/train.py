@@ -92,8 +92,13 @@ def train(
     # Resume from the last state, the log rewound to it.
     spend = Spend()
     log, state_file = folder.file("steps.jsonl"), folder.file("state.pt")
+    state = None
     if state_file.exists():
-        state = load_tensors(state_file)
+        try:
+            state = load_tensors(state_file)
+        except StudyError as error:  # torn or edited: the last good state is the first one
+            print(f"{error}; training begins anew", flush=True)
+    if state is not None:
         for key in ("sigma_data", "data_digest", "init_digest", "stream_digest", "inputs"):
             if state["facts"][key] != facts[key]:
                 raise StudyError(

@@ -86,6 +86,8 @@ def work(run: Run, sources: Mapping[str, Run], folders: Mapping[str, Folder], de
         with folder.lock() as mine:
             if not mine:
                 return BUSY
+            if folder.complete(run, thorough=True):  # another launcher was here first
+                return DONE
             reason, result = "done", DONE
             try:
                 folder.create(run, {

@@ -191,6 +191,35 @@ def test_finished_runs_are_not_measured_on_other_data(
     assert "0123456789abcdef" in capsys.readouterr().out
 
 
+def test_a_torn_state_is_named_and_training_begins_anew(
+    done: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, _, folder = half_trained(tmp_path, "ct")
+    state = folder.file("state.pt")
+    state.write_bytes(state.read_bytes()[:-100])
+    assert run(path, tmp_path / "results", "--only", "ct-*-s0") == 0
+    assert "state.pt" in capsys.readouterr().out
+    whole = done[1] / "small" / "runs" / folder.path.name / "trained.json"
+    digests = read_json(whole)["sha256"]
+    assert {k: v for k, v in folder.trained["sha256"].items() if "snapshots" in k} == {
+        k: v for k, v in digests.items() if "snapshots" in k}  # fmt: skip
+
+
+def test_two_launchers_share_a_study_and_train_nothing_twice(tmp_path: Path) -> None:
+    path = write(tmp_path, FULL.replace("images: 1280", "images: 12800"))
+    words = [sys.executable, "-m", "study.run", str(path), "--results", str(tmp_path / "results"),
+             "--workers", "1"]  # fmt: skip
+    both = [subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in "ab"]
+    outs = [process.communicate(timeout=200)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outs
+    starts = []
+    for folder in (tmp_path / "results" / "small" / "runs").iterdir():
+        rows = read_lines(folder / "attempts.jsonl")
+        assert [row["event"] for row in rows] == ["start", "end"], folder
+        starts.append(rows[0]["pid"])
+    assert len(starts) == 8
+
+
 def test_a_torn_measurement_is_made_again(tmp_path: Path) -> None:
     path, results = write(tmp_path), tmp_path / "results"
     assert run(path, results, "--only", "ct-*-s0") == 0

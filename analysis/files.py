@@ -1,0 +1,90 @@
+"""The files that study/ writes and the analysis reads, as types that each one is checked against.
+
+Keys that the analysis does not look into are free.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypedDict
+
+
+class Factors(TypedDict, total=False):
+    """The factors that the analysis looks into."""
+
+    budget: dict[str, Any]
+    score: dict[str, Any]
+    init: dict[str, Any]
+    target: dict[str, Any]
+
+
+class Recipe(TypedDict):
+    """One variant or source of a cell, in study.json."""
+
+    name: str
+    role: Literal["variant", "source"]
+    cell: str
+    factors: Factors
+    charge: list[str]
+    ignored: list[str]
+
+
+class Entry(TypedDict):
+    """One run in study.json; recipe: its place in the list of recipes."""
+
+    recipe: int
+    seed: int
+    id: str
+    folder: str
+    refs: list[str]
+    charged: list[str]
+    measures: list[str]
+
+
+class Primary(TypedDict):
+    """The primary comparison of a cell, in study.json."""
+
+    variant: str
+    against: str
+    metric: str
+    nfe: float | None
+    at: float
+    ema: float | None
+    reference: str | None
+    margin: float
+
+
+class Plan(TypedDict):
+    """study.json."""
+
+    name: str
+    question: str
+    primary: dict[str, Primary | None] | None
+    seeds: list[int]
+    cells: list[str]
+    recipes: list[Recipe]
+    runs: list[Entry]
+
+
+class Trained(TypedDict, total=False):
+    """trained.json."""
+
+    id: str
+    outcome: str
+    spend: dict[str, Any]
+    snapshots: list[dict[str, Any]]
+    data_digest: str | None
+    init_digest: str | None
+    stream_digest: str | None
+
+
+class Settings(TypedDict):
+    """What makes two measurements alike; other keys are free."""
+
+    kind: str
+
+
+class Record(TypedDict):
+    """A measurement file; its values are free."""
+
+    id: str
+    settings: Settings
