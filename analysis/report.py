@@ -132,7 +132,7 @@ def _comparisons(study: Study, table: pd.DataFrame, mismatches: list[ledger.Mism
         verdicts = bool((rows.n >= stats.VERDICT_FROM).any())
         header = ["compared", "differs in", "effect", "95 % interval", "95 % pooled", "seeds",
                   *(["Holm p", "sign-flip p", "verdict"] if verdicts else []),
-                  "own + charged images equal", "equal with sources too"]
+                  "images equal", "with sources"]
         show = words.percent_text if log else words.signed
         body = [(f"{r.variant} − {r.baseline}", r.differs, show(r.effect) if r.n else "–",
                  words.interval(r.low, r.high, log),

@@ -24,8 +24,9 @@ KINDS = {"single_sample": "single sample (CT)", "teacher": "teacher {run} (CD)",
 GLOSSARY = ("EMA: moving average of the weights, its length a share of training. NFE: network "
             "evaluations per sample. Block: the runs of one cell and seed, which differ only in "
             "the variant. Charged: images spent on a source and taken from the variant's own "
-            "budget. Real against real: the metric between real images and other real images, "
-            "what a perfect model would reach.")
+            "budget. Images equal: own + charged images are; with sources: also those that all "
+            "its sources were trained on. Real against real: the metric between real images and other "
+            "real images, what a perfect model would reach.")
 
 
 def answers(study: Study, table: pd.DataFrame) -> list[str]:
