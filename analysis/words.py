@@ -25,8 +25,8 @@ GLOSSARY = ("EMA: moving average of the weights, its length a share of training.
             "evaluations per sample. Block: the runs of one cell and seed, which differ only in "
             "the variant. Charged: images spent on a source and taken from the variant's own "
             "budget. Images equal: own + charged images are; with sources: also those that all "
-            "its sources were trained on. Real against real: the metric between real images and other "
-            "real images, what a perfect model would reach.")
+            "its sources were trained on. Real against real: the metric between real images and "
+            "other real images, what a perfect model would reach.")
 
 
 def answers(study: Study, table: pd.DataFrame) -> list[str]:
