@@ -96,6 +96,7 @@ def chosen(study: Study, pattern: str | None) -> list[Run]:
 def fetch_data(study: Study) -> None:
     """Finds or downloads files that the data need, once, before any process asks for them."""
     for data in {r.recipe.factors.data for r in study.runs}:
+        data = getattr(data, "of", data)  # a fitted mixture reads the images it is fitted to
         if isinstance(data, FashionMnist):
             from study import fashion_mnist  # numpy, which --plan and --status do without
 

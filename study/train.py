@@ -192,7 +192,7 @@ def train(
                 {"raw": net.state_dict(), "ema": emas},
             )
         stopping = stop()
-        if stopping or tick - saved > SAVE_SECONDS:
+        if stopping or spend.images in due or tick - saved > SAVE_SECONDS:
             save()
             saved = tick
         if stopping and spend.images < budget:
