@@ -75,6 +75,8 @@ class Trained(TypedDict, total=False):
     data_digest: str | None
     init_digest: str | None
     stream_digest: str | None
+    inputs: dict[str, str]
+    sha256: dict[str, str]
 
 
 class Settings(TypedDict):

@@ -76,7 +76,9 @@ def audit(study: Study) -> list[Mismatch]:
     within = [Mismatch(column, cell, f"{cell}, seed{'s' * (len(seeds) > 1)} "
                        f"{', '.join(map(str, seeds))}: {text}.")
               for (column, cell, text), seeds in found.items()]
-    return within + _over_study(study.attempts)
+    strays = [Mismatch("inputs", "", f"{folder}: its source is not the one it learned from: the "
+                       "source was trained again since.") for folder in study.strays]
+    return within + strays + _over_study(study.attempts)
 
 
 def _parts(parts: dict[Any, list[str]]) -> str:

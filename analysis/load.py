@@ -69,6 +69,7 @@ class Study:
     attempts: pd.DataFrame
     missing: pd.DataFrame
     problems: tuple[str, ...]
+    strays: tuple[str, ...]  # runs whose source is no longer the one that they learned from
 
 
 def known(results: Path) -> list[str]:
@@ -140,7 +141,7 @@ def load(folder: Path) -> Study:
         map_errors=pd.DataFrame(rows["map"], columns=list(MAP_COLUMNS)),
         attempts=pd.DataFrame(attempts, columns=list(ATTEMPT_COLUMNS)),
         missing=pd.DataFrame(rows["missing"], columns=list(MISSING_COLUMNS)),
-        problems=tuple(problems))
+        problems=tuple(problems), strays=tuple(_strays(plan, found)))
 
 
 def number(value: object) -> float:
@@ -178,6 +179,16 @@ class _Run:
     records: dict[str, dict[str, Any]]
     missing: dict[str, str]
     state: str
+
+
+def _strays(plan: dict[str, Any], found: dict[str, _Run]) -> Iterable[str]:
+    """Folders of runs whose recorded inputs differ from what their sources hold now."""
+    for folder in dict.fromkeys(e["folder"] for e in plan["runs"]):
+        run = found[folder.rpartition("-")[2]] if folder.rpartition("-")[2] in found else None
+        for source, digest in (run.trained.get("inputs") or {} if run else {}).items():
+            now = found[source].trained.get("sha256") if source in found else None
+            if now and now.get("snapshots/1.000.pt", digest) != digest:
+                yield folder
 
 
 def _plan(path: Path) -> dict[str, Any]:

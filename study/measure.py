@@ -136,7 +136,10 @@ def measure(
     folder = lookup(run.id)
     points = {s["at"]: s["images"] for s in folder.trained["snapshots"]}
     snapshot = cache(lambda at, ema: Snapshot(run, folder, dataset, device, at, ema))
-    for settings in folder.due(run, thorough=True):
+    due = folder.due(run, thorough=True)
+    for settings in due:  # a torn one must not pass for a made one if making it fails
+        folder.file(f"measures/{settings.file}").unlink(missing_ok=True)
+    for settings in due:
         if stop():
             return False
         start, record = time.perf_counter(), settings.record

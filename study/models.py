@@ -51,6 +51,12 @@ def check_inputs(run: Run, lookup: Lookup, dataset: Dataset) -> dict[str, str]:
             )
         if name != run.id:
             inputs[name] = trained["sha256"][snapshot_name(1.0)]
+    own = lookup(run.id).trained
+    if own and own["inputs"] != inputs:
+        raise StudyError(
+            f"{lookup(run.id).path}: trained from another {', '.join(run.refs)} than its source "
+            "now holds; bring the old source back, or remove this folder"
+        )
     return inputs
 
 

@@ -167,18 +167,18 @@ def main(arguments: list[str] | None = None) -> int:
             slots = devices(options.device, options.workers)
             fetch_data(study)
             store.write_study(options.study)
-            done = {i for i, s in store.states().items() if s == "done"}
+            done = {i for i, s in store.states(thorough=True).items() if s == "done"}
             display = Display(console, wanted, done)
             deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
             Launcher(store, wanted, slots, display, options.retry).run(
                 deadline, options.workers == 0
             )
+        return summary(console, store, wanted)
     except StudyError as error:
         problems.print(
             f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True
         )
         return 2
-    return summary(console, store, wanted)
 
 
 def summary(console: Console, store: Store, wanted: list[Run]) -> int:

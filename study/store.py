@@ -58,11 +58,11 @@ def read_json(path: Path) -> Any | None:  # noqa: ANN401
 def read_lines(path: Path) -> list[dict]:
     """The rows of a line log; a line that a crash cut short is left out."""
     try:
-        text = path.read_text()
+        lines = path.read_bytes().splitlines()
     except FileNotFoundError:
         return []
     rows = []
-    for line in text.splitlines():
+    for line in lines:
         with suppress(ValueError):  # a torn line: what it would have said is lost
             rows.append(json.loads(line))
     return rows
@@ -101,13 +101,19 @@ class Folder:
 
     @property
     def trained(self) -> dict | None:
-        """trained.json, or None while training is not finished."""
-        return read_json(self.file("trained.json"))
+        """trained.json, or None while training is not finished. Raises StudyError if torn."""
+        path = self.file("trained.json")
+        value = read_json(path)
+        if value is not None and not (isinstance(value, dict) and "outcome" in value):
+            raise StudyError(f"{path}: not what training writes; remove it to have it made again")
+        return value
 
     def create(self, run: Run, identity: Mapping[str, object]) -> None:
         """Makes the folder; run.json is written first and never changed."""
         self.file("snapshots").mkdir(parents=True, exist_ok=True)
         self.file("measures").mkdir(exist_ok=True)
+        for stale in (*self.path.glob(".*"), *self.path.glob("*/.*")):
+            stale.unlink()  # left by a killed writer: we hold the lock, so nobody is writing
         known = read_json(self.file("run.json"))
         if known is None:
             write_json(self.file("run.json"), identity)
@@ -151,7 +157,8 @@ class Folder:
         if trained is None or trained["outcome"] != "trained":
             return []
         points = {s["at"] for s in trained["snapshots"]}
-        there = {p.name for p in os.scandir(self.file("measures"))}
+        folder = self.file("measures")
+        there = set(os.listdir(folder)) if folder.is_dir() else set()
         return [
             m
             for m in run.measures

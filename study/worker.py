@@ -109,7 +109,7 @@ def work(run: Run, sources: Mapping[str, Run], folders: Mapping[str, Folder], de
                 result = FAILED
             append_line(folder.file("attempts.jsonl"),
                         {"event": "end", "time": now(), "reason": reason})  # fmt: skip
-            return STOPPED if stopping and result == DONE else result
+            return STOPPED if stopping and result != BUSY else result
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

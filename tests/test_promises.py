@@ -177,6 +177,21 @@ def test_a_run_learns_from_one_teacher_only(
     assert folder.trained is None
 
 
+def test_a_finished_run_is_not_measured_beside_another_teacher(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, results = write(tmp_path), tmp_path / "results"
+    assert run(path, results, "--only", "cd-*-s0") == 0
+    store = Store(results, read(tmp_path))
+    teacher = next(f for f in store.folders.values() if f.path.name.startswith("edm-s0"))
+    trained = teacher.trained
+    trained["sha256"]["snapshots/1.000.pt"] = "0" * 64
+    write_json(teacher.file("trained.json"), trained)
+    next(results.rglob("cd-small-s0-*/measures/*.json")).unlink()
+    assert run(path, results, "--only", "cd-*-s0") == 1
+    assert "trained from another score" in capsys.readouterr().out.replace("\n", " ")
+
+
 def test_finished_runs_are_not_measured_on_other_data(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -104,6 +104,29 @@ def test_only_the_id_of_a_folder_is_key(tmp_path: Path) -> None:
     assert [p.name for p in store.orphans] == ["gone-s0-0123456789"]
 
 
+def test_what_a_killed_writer_left_is_cleared_away(tmp_path: Path) -> None:
+    run = read(tmp_path).runs[0]
+    folder = Folder(tmp_path / "run")
+    folder.create(run, {"id": run.id})
+    left = [folder.file(".state.pt.host.123"), folder.file("measures/.1.000-fid.json.host.123")]
+    for path in left:
+        path.write_bytes(b"half")
+    folder.create(run, {"id": run.id})
+    assert not any(path.exists() for path in left) and folder.file("run.json").exists()
+
+
+def test_a_run_without_its_measures_folder_is_measured_again(tmp_path: Path) -> None:
+    run = read(tmp_path).runs[-1]
+    folder = Folder(tmp_path / "run")
+    folder.path.mkdir()
+    write_json(folder.file("trained.json"), {
+        "outcome": "trained", "snapshots": [{"at": 1.0, "images": 1280}]})  # fmt: skip
+    assert folder.due(run)
+    write_json(folder.file("trained.json"), {})
+    with pytest.raises(StudyError, match="trained.json"):
+        folder.due(run)
+
+
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     run = read(tmp_path).runs[0]
     folder = Folder(tmp_path / "run")
