@@ -183,12 +183,11 @@ class _Run:
 
 def _strays(plan: dict[str, Any], found: dict[str, _Run]) -> Iterable[str]:
     """Folders of runs whose recorded inputs differ from what their sources hold now."""
-    for folder in dict.fromkeys(e["folder"] for e in plan["runs"]):
-        run = found[folder.rpartition("-")[2]] if folder.rpartition("-")[2] in found else None
-        for source, digest in (run.trained.get("inputs") or {} if run else {}).items():
-            now = found[source].trained.get("sha256") if source in found else None
-            if now and now.get("snapshots/1.000.pt", digest) != digest:
-                yield folder
+    for entry in {e["id"]: e for e in plan["runs"]}.values():
+        for source, digest in (found[entry["id"]].trained.get("inputs") or {}).items():
+            now = (found[source].trained.get("sha256") or {}) if source in found else {}
+            if now.get("snapshots/1.000.pt", digest) != digest:
+                yield entry["folder"]
 
 
 def _plan(path: Path) -> dict[str, Any]:

@@ -209,3 +209,14 @@ def test_loading_scales(tmp_path: Path) -> None:
     # 10 000 runs in 30 s are 3 ms a run
     assert len(study.runs) == 320
     assert seconds / len(study.runs) < 0.003
+
+
+def test_a_source_trained_again_since_is_a_mismatch(tmp_path: Path) -> None:
+    folder = fake.write(tmp_path / "study")
+    assert not load.load(folder).strays
+    student, teacher = (fake.folder_of(folder, n, 1) for n in ("cd", "edm"))
+    fake.edit(teacher / "trained.json", sha256={"snapshots/1.000.pt": "b" * 64})
+    fake.edit(student / "trained.json", inputs={teacher.name.rpartition("-")[2]: "a" * 64})
+    study = load.load(folder)
+    assert study.strays == (student.name,)
+    assert any(student.name in m.sentence for m in ledger.audit(study))
