@@ -7,6 +7,12 @@ from __future__ import annotations
 
 from typing import Any, Literal, TypedDict
 
+SCHEMA = 1
+SPEND = ("images", "updates", "passes", "flops", "seconds")
+SCALARS = {"mode_mass": {"mode_mass_between": "between", "mode_mass_tv": "tv"}, "score_error": {}}
+PER_SIGMA = ("variance", "variance_se", "bias2", "bias2_se", "distance2", "distance2_se",
+             "held_out_loss", "held_out_loss_se", "posterior_variance")
+
 
 class Factors(TypedDict, total=False):
     """The factors that the analysis looks into."""

@@ -22,14 +22,8 @@ from typing import Any
 import msgspec
 import pandas as pd
 
-from analysis.files import Plan, Record, Trained
+from analysis.files import PER_SIGMA, SCALARS, SCHEMA, SPEND, Plan, Record, Trained
 from study.errors import StudyError, nearest
-
-SCHEMA = 1
-SPEND = ("images", "updates", "passes", "flops", "seconds")
-SCALARS = {"mode_mass": {"mode_mass_between": "between", "mode_mass_tv": "tv"}, "score_error": {}}
-PER_SIGMA = ("variance", "variance_se", "bias2", "bias2_se", "distance2", "distance2_se",
-             "held_out_loss", "held_out_loss_se", "posterior_variance")
 
 RUN_COLUMNS = ("name", "role", "cell", "seed", "id", "folder", "same_as", "state", "outcome",
                "reason", *SPEND, "charged_images", "images_total",
