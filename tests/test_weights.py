@@ -55,7 +55,8 @@ def test_files_round_trip(tmp_path: Path) -> None:
     emas = {"0.05": {"w": torch.randn(3)}, "0.1": {"w": torch.randn(3)}}
     path = folder.file(snapshot_name(0.25))
     save_tensors(path, {"raw": {"w": torch.zeros(3)}, "ema": emas})
-    write_json(folder.file("trained.json"), {"sha256": {snapshot_name(0.25): sha256(path)}})
+    digests = {snapshot_name(0.25): sha256(path)}
+    write_json(folder.file("trained.json"), {"outcome": "trained", "sha256": digests})
     assert torch.equal(weights_at(folder, 0.25, 0.1)["w"], emas["0.1"]["w"])
     assert [p.name for p in (tmp_path / "snapshots").iterdir()] == ["0.250.pt"]
     emas["0.1"]["w"] += 1
