@@ -16,7 +16,6 @@ from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 Positive = Annotated[float, Meta(gt=0)]
-NonNegative = Annotated[float, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=1)]
 Noise = Annotated[float, Meta(ge=1e-6, le=1e6)]
 Width = Annotated[int, Meta(ge=1, le=65_536)]

@@ -59,7 +59,7 @@ class Snapshot:
 
 
 def distances(
-    snapshot: Snapshot, record: Mapping[str, Any], one: Callable[[int], float], floor: float | None
+    record: Mapping[str, Any], one: Callable[[int], float], floor: float
 ) -> dict[str, Any]:
     """A distance over sampling draws: their mean, each of them, and real against real."""
     draws = [one(draw) for draw in range(record["draws"])]
@@ -78,7 +78,6 @@ def values(snapshot: Snapshot, record: Mapping[str, Any]) -> dict[str, Any]:
         name, n = record["extractor"].partition(":")[0], record["samples"]
         real = reference_features(dataset, n, name)
         return distances(
-            snapshot,
             record,
             lambda draw: distance(snapshot.features(name, *made(draw)), real[record["reference"]]),
             distance(real["held_out"], real["train"]),
@@ -88,7 +87,6 @@ def values(snapshot: Snapshot, record: Mapping[str, Any]) -> dict[str, Any]:
         real = [dataset.fresh(record["samples"], generator.manual_seed(i)) for i in range(2)]
         projections = record["projections"]
         return distances(
-            snapshot,
             record,
             lambda draw: evaluate.sliced_wasserstein(
                 snapshot.samples(*made(draw)), real[0], projections

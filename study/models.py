@@ -39,19 +39,14 @@ def check_inputs(run: Run, lookup: Lookup, dataset: Dataset) -> dict[str, str]:
 
     Raises StudyError where a finished run, this one or a source, was trained on other data.
     """
-    inputs = {}
-    for name in (run.id, *run.refs.values()):
-        trained = lookup(name).trained
-        if trained is None:
-            continue
-        if trained["data_digest"] != dataset.digest:
+    own, sources = lookup(run.id).trained, {i: lookup(i).trained for i in run.refs.values()}
+    for name, trained in {run.id: own, **sources}.items():
+        if trained and trained["data_digest"] != dataset.digest:
             raise StudyError(
                 f"{lookup(name).path}: trained on data {trained['data_digest']}, and the data are "
                 f"now {dataset.digest}; bring the old data back, or remove the folder"
             )
-        if name != run.id:
-            inputs[name] = trained["sha256"][snapshot_name(1.0)]
-    own = lookup(run.id).trained
+    inputs = {i: t["sha256"][snapshot_name(1.0)] for i, t in sources.items() if t}
     if own and own["inputs"] != inputs:
         raise StudyError(
             f"{lookup(run.id).path}: trained from another {', '.join(run.refs)} than its source "
