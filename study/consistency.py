@@ -6,7 +6,7 @@ Consistency model (Song et al. 2023, appendix C): the same F and c_in with
     c_skip = s^2 / ((t - e)^2 + s^2),    c_out = s (t - e) / sqrt(t^2 + s^2),
 so that f(x, e) = x exactly at e = sigma_min. s is sigma_data.
 
-Loss: L = E[w(t, r) d(f(x_t, t), f^-(x_r, r))] with x_t = x + t z and x_r one Euler step from x_t
+Loss: L = E[w(t, r) d(f(x_t, t), f^-(x_r, r))] with x_t = x + t z and x_r one solver step from x_t
 to r along the slope (x_t - D^) / t; with D^ = x that is x + r z, consistency training.
 """
 
@@ -28,6 +28,7 @@ from study.factors import (
     Euler,
     Factors,
     Frozen,
+    Heun,
     InverseStep,
     PseudoHuber,
     Sigma,
@@ -71,6 +72,10 @@ def solver_step(solver: Solver, slope: Function, x_t: Tensor, t: Tensor, r: Tens
     match solver:
         case Euler():
             return x_t + along(r - t, x_t) * slope(x_t, t)
+        case Heun():
+            first = slope(x_t, t)
+            second = slope(x_t + along(r - t, x_t) * first, r)
+            return x_t + along(r - t, x_t) * (first + second) / 2
         case _:
             assert_never(solver)
 
@@ -102,14 +107,15 @@ def weight(kind: Weighting, t: Tensor, r: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Problem:
-    """All that a loss reads besides the batch: the student, what the score knows, a frozen
-    target."""
+    """All that a loss reads besides the batch: the student, what the score knows, a target that
+    is not the student itself (its running average, or a frozen model)."""
 
     factors: Factors
     sigma: Sigma  # with sigma_data filled in
     net: nn.Module
     known: Knowledge = Knowledge()
     frozen: Function | None = None
+    average: nn.Module | None = None
 
     def loss(self, batch: Batch, N: Tensor | int) -> Tensor:
         """The mean loss (scalar) of one batch; N grid points."""
@@ -139,6 +145,6 @@ class Problem:
 
         with torch.no_grad():
             x_r = solver_step(f.solver, slope, x_t, t, r)
-            target = consistency(self.net, x_r, r, sigma, key)  # the student's dropout mask
+            target = consistency(self.average or self.net, x_r, r, sigma, key)  # same dropout mask
         student = consistency(self.net, x_t, t, sigma, key)
         return weight(f.weighting, t, r) * distance(f.distance, student, target)

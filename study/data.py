@@ -81,10 +81,10 @@ def load(data: factors.Data) -> Dataset:
             parts = split()
             return _images(parts["train"][0], parts["held_out"][0])
         case factors.FashionMnist(root=root):
-            from study import fashion_mnist
+            from study.extractors import fashion_mnist
 
-            parts = fashion_mnist.load(None if root is None else Path(root))
-            return _images(parts["train_images"], parts["test_images"])
+            parts = fashion_mnist.split(None if root is None else Path(root))
+            return _images(parts["train"][0], parts["held_out"][0])
         case factors.Mixture():
             return _mixture(data)
         case factors.FittedMixture():
@@ -234,10 +234,10 @@ class Draws:
             if train is None
             else to_float(train[self._indices(start, count)])
         )
-        key = seeds.number(*self.address, "mask", start) % 2**31
+        key = seeds.number(*self.address, "mask", start) % 2**31  # filled in: no wait for a copy
         return Batch(
             x,
             self.z.take(start, count),
             self.u.take(start, count),
-            torch.tensor(key, device=self.device),
+            torch.full((), key, device=self.device),
         )

@@ -10,7 +10,7 @@ Adding a value: a struct here, its `case` in the module that acts on it, a close
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 from msgspec.structs import replace
@@ -41,7 +41,8 @@ class Digits(Kind, frozen=True, tag="digits"):
 
 
 class FashionMnist(Kind, frozen=True, tag="fashion_mnist"):
-    """Fashion-MNIST's 60 000 + 10 000 images of 28 x 28. root: folder with its IDX files."""
+    """Fashion-MNIST's 28 x 28 images: 50 000 to train on, the 10 000 test images held out, 10 000
+    for the extractor. root: folder with its IDX files."""
 
     root: str | None = None
 
@@ -134,6 +135,18 @@ class Stopgrad(Kind, frozen=True, tag="stopgrad"):
     """f^- = the student's own current weights, without gradient."""
 
 
+class Ema(Kind, frozen=True, tag="ema"):
+    """f^- = a running average of the student's weights, theta^- <- mu theta^- + (1 - mu) theta
+    after every update.
+
+    Without s0 mu is constant. With s0 it is CM's schedule mu(N) = mu^(s0 / N) = exp(s0 ln mu / N):
+    mu itself at the first N = s0, nearer to 1 as N grows.
+    """
+
+    mu: Decay
+    s0: Steps | None = None
+
+
 class Frozen(Kind, frozen=True, tag="frozen"):
     """f^- = g, a finished consistency model, and the loss is d(f(x_t, t), g(x_t, t))."""
 
@@ -142,6 +155,11 @@ class Frozen(Kind, frozen=True, tag="frozen"):
 
 class Euler(Kind, frozen=True, tag="euler"):
     """x_r = x_t + (r - t) (x_t - D^) / t."""
+
+
+class Heun(Kind, frozen=True, tag="heun"):
+    """An Euler step, its slope then averaged with the slope at its end (second order). With
+    D^ = x the path is straight and this is Euler."""
 
 
 # --- noise levels, loss, optimiser ---
@@ -159,6 +177,18 @@ class Doubling(Kind, frozen=True, tag="doubling"):
 
     s0: Steps = 10
     s1: Steps = 1280
+
+
+class Progressive(Kind, frozen=True, tag="progressive"):
+    """CM: N = ceil(sqrt(k/K ((s1 + 1)^2 - s0^2) + s0^2) - 1) + 1 grid points at update k of K."""
+
+    s0: Annotated[int, Meta(ge=2, le=1_000_000)] = 2
+    s1: Steps = 150
+
+
+class UniformGrid(Kind, frozen=True, tag="uniform_grid"):
+    """CM: uniform in sigma^(1/rho) on [sigma_min, sigma_max], so that every interval of the grid
+    is as likely. Where nothing is discretised t is sigma itself."""
 
 
 class LognormalGrid(Kind, frozen=True, tag="lognormal_grid"):
@@ -195,6 +225,14 @@ class Adam(Kind, frozen=True, tag="adam"):
     eps: Positive = 1e-8
 
 
+class RAdam(Kind, frozen=True, tag="radam"):
+    """Rectified Adam (Liu et al. 2020) at a constant learning rate."""
+
+    lr: Positive = 1e-3
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: Positive = 1e-8
+
+
 class Budget(Value, frozen=True):
     """Training images: a number, or a share of the study's base budget."""
 
@@ -216,13 +254,13 @@ Network = Mlp | Unet
 Objective = Consistency | Denoising
 Score = SingleSample | Teacher | Empirical | Analytic
 Init = Random | FromRun
-Target = Stopgrad | Frozen
-Solver = Euler
-Discretization = Fixed | Doubling
-Law = LognormalGrid
+Target = Stopgrad | Ema | Frozen
+Solver = Euler | Heun
+Discretization = Fixed | Doubling | Progressive
+Law = LognormalGrid | UniformGrid
 Weighting = InverseStep | Uniform
 Distance = L2 | PseudoHuber
-Optimizer = Adam
+Optimizer = Adam | RAdam
 
 
 class Factors(Value, frozen=True):
@@ -246,21 +284,28 @@ class Factors(Value, frozen=True):
     weights_ema: Annotated[
         tuple[Annotated[float, Meta(ge=0.001, le=0.25)], ...], Meta(min_length=1)
     ] = (0.05, 0.1)
+    precision: Literal["float32", "bfloat16"] = "float32"
     sigma: Sigma = Sigma()
     data_stream: Annotated[int, Meta(ge=0, le=2**31)] = 0
 
 
-def simplest(data: Data) -> Data:
-    """The same data in fewest words: one std for equal ones, no weights for equal ones."""
+def simplest(factors: Factors) -> Factors:
+    """The same training in fewest words, so that what means the same is one run.
+
+    A Heun step with D^ = x is an Euler step; one std stands for equal ones, no weights for equal.
+    """
+    if isinstance(factors.score, SingleSample):
+        factors = replace(factors, solver=Euler())
+    data = factors.data
     if not isinstance(data, Mixture):
-        return data
+        return factors
     std = data.std
     if isinstance(std, tuple) and len(std) == len(data.means) and len(set(std)) == 1:
         std = std[0]
     weights = data.weights
     if weights and len(weights) == len(data.means) and len(set(weights)) == 1:
         weights = None
-    return replace(data, std=std, weights=weights)
+    return replace(factors, data=replace(data, std=std, weights=weights))
 
 
 def ignored(factors: Factors) -> tuple[str, ...]:

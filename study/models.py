@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import assert_never
 
 import msgspec
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from study import data, networks
-from study.consistency import Problem, consistency, denoiser
+from study.capture import compiled, in_rows
+from study.consistency import Function, Problem, consistency, denoiser
 from study.data import Dataset
 from study.errors import StudyError
 from study.factors import (
     Adam,
     Analytic,
     Consistency,
+    Ema,
     Empirical,
     Factors,
     FromRun,
     Frozen,
     Optimizer,
+    RAdam,
     Sigma,
     Teacher,
     ignored,
@@ -66,16 +70,18 @@ def finished(
     folder: Folder,
     dataset: Dataset,
     device: torch.device,
+    rows: int,
     at: float = 1.0,
     ema: float | None = None,
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """A trained run as its function: the denoiser D(x_t, t) or the consistency model f(x_t, t)."""
-    net = networks.build(factors.network, dataset.shape, 0.0, 0, "")
+) -> Function:
+    """A trained run as its function, in the precision it was trained in: the denoiser D(x_t, t)
+    or the consistency model f(x_t, t). rows: the batch that it is compiled for on a GPU."""
+    net = networks.build(factors.network, dataset.shape, 0.0, 0, "", factors.precision)
     net.load_state_dict(weights_at(folder, at, ema or factors.weights_ema[0]))
-    net.to(device).eval().requires_grad_(False)
+    net = compiled(net.eval().requires_grad_(False), device)
     function = consistency if isinstance(factors.objective, Consistency) else denoiser
     sigma = level_range(factors, dataset)
-    return lambda x_t, t: function(net, x_t, t, sigma)
+    return in_rows(lambda x_t, t: function(net, x_t, t, sigma), rows, device)
 
 
 def knowledge(
@@ -88,8 +94,9 @@ def knowledge(
     match factors.score:
         case Teacher():
             source = run.refs["score"]
+            teacher = sources[source].recipe.factors
             return Knowledge(
-                teacher=finished(sources[source].recipe.factors, lookup(source), dataset, device)
+                teacher=finished(teacher, lookup(source), dataset, device, factors.batch)
             )
         case Empirical():
             return Knowledge(posterior=Posterior(data.to_float(dataset.train)))
@@ -103,7 +110,12 @@ def initial(run: Run, sources: Mapping[str, Run], lookup: Lookup, dataset: Datas
     """The student at its first step, on the CPU."""
     factors = run.recipe.factors
     net = networks.build(
-        factors.network, dataset.shape, factors.dropout, run.seed, run.recipe.role
+        factors.network,
+        dataset.shape,
+        factors.dropout,
+        run.seed,
+        run.recipe.role,
+        factors.precision,
     )
     if isinstance(factors.init, FromRun):
         source = run.refs["init"]
@@ -117,6 +129,8 @@ def make_optimizer(kind: Optimizer, net: nn.Module) -> torch.optim.Optimizer:
     match kind:
         case Adam(lr=lr, betas=betas, eps=eps):
             return torch.optim.Adam(net.parameters(), lr=lr, betas=betas, eps=eps, fused=True)
+        case RAdam(lr=lr, betas=betas, eps=eps):
+            return torch.optim.RAdam(net.parameters(), lr=lr, betas=betas, eps=eps)
         case _:
             assert_never(kind)
 
@@ -129,16 +143,21 @@ def make_problem(
     device: torch.device,
     net: nn.Module,
 ) -> Problem:
-    """The run's loss."""
+    """The run's loss. An averaged target starts as the student does."""
     factors = run.recipe.factors
-    frozen = None
-    if isinstance(factors.target, Frozen) and "target" not in ignored(factors):
+    average = frozen = None
+    target = None if "target" in ignored(factors) else factors.target
+    if isinstance(target, Ema):
+        average = compiled(copy.deepcopy(net).requires_grad_(False), device)
+    elif isinstance(target, Frozen):
         source = run.refs["target"]
-        frozen = finished(sources[source].recipe.factors, lookup(source), dataset, device)
+        model = sources[source].recipe.factors
+        frozen = finished(model, lookup(source), dataset, device, factors.batch)
     return Problem(
         factors,
         level_range(factors, dataset),
         net,
         knowledge(run, sources, lookup, dataset, device),
         frozen,
+        average,
     )

@@ -3,7 +3,9 @@
 Both take the scaled input c_in x_t and the noise label c_noise = ln(t) / 4 (Karras et al. 2022)
 and return a tensor of x's shape; the preconditioning that makes a denoiser or a consistency model
 of F stands in `consistency`. The output layer starts at zero. Dropout masks are a pure function of
-an explicit key, so that student and target share them and a compiled step stays pure.
+an explicit key, so that student and target share them and a compiled step stays pure. Under
+bfloat16 products are rounded; the weights, the norms' arithmetic and what is outside of F stay
+float32.
 """
 
 from __future__ import annotations
@@ -48,11 +50,33 @@ def _mixed(word: Tensor, multiplier: int) -> Tensor:
     return ((word ^ (word >> 16)) * multiplier) & 0xFFFFFFFF
 
 
-class Mlp(nn.Module):
+class Network(nn.Module):
+    """F, computed under autocast to `precision`."""
+
+    def __init__(self, precision: str) -> None:
+        super().__init__()
+        self.dtype = getattr(torch, precision)
+
+    def body(self, x: Tensor, c_noise: Tensor, key: Tensor | None) -> Tensor:
+        """F of x (B, ...) and c_noise (B,), in x's shape or flattened."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, c_noise: Tensor, key: Tensor | None = None) -> Tensor:
+        """x (B, ...), c_noise (B,) -> (B, ...), float32."""
+        half = self.dtype != torch.float32
+        # no cache: a captured step would read casts that were made outside of it
+        with torch.autocast(x.device.type, self.dtype, enabled=half, cache_enabled=False):
+            F_x = self.body(x, c_noise, key)
+        return F_x.float().view(x.shape)
+
+
+class Mlp(Network):
     """Residual multilayer perceptron; images are flattened."""
 
-    def __init__(self, shape: tuple[int, ...], width: int, depth: int, drop: float) -> None:
-        super().__init__()
+    def __init__(
+        self, shape: tuple[int, ...], width: int, depth: int, drop: float, precision: str
+    ) -> None:
+        super().__init__(precision)
         size = math.prod(shape)
         self.drop, self.width = drop, width
         self.inp = nn.Linear(size, width)
@@ -60,13 +84,13 @@ class Mlp(nn.Module):
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.out = nn.Linear(width, size)
 
-    def forward(self, x: Tensor, c_noise: Tensor, key: Tensor | None = None) -> Tensor:
-        """x (B, ...), c_noise (B,) -> (B, ...)."""
+    def body(self, x: Tensor, c_noise: Tensor, key: Tensor | None) -> Tensor:
+        """x (B, ...), c_noise (B,) -> (B, size)."""
         label = embed(c_noise, 64)
         h = self.inp(x.flatten(1))  # (B, width)
         for i, (time, hidden) in enumerate(zip(self.time, self.hidden, strict=True)):
             h = h + dropout(F.silu(hidden(F.silu(h + time(label)))), self.drop, key, i)
-        return self.out(F.silu(h)).view(x.shape)
+        return self.out(F.silu(h))
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -96,14 +120,28 @@ class Block(nn.Module):
         return self.skip(x) + self.conv1(dropout(h, self.drop, key, self.layer))
 
 
-class Unet(nn.Module):
+def doubled(h: Tensor) -> Tensor:
+    """Nearest-neighbour upsampling (B, C, H, W) -> (B, C, 2 H, 2 W). As a copy: on a GPU the
+    deterministic gradient of `interpolate` costs as much as a quarter of the step."""
+    B, C, H, W = h.shape
+    rows = h.permute(0, 2, 3, 1)[:, :, None, :, None]  # channels last, as they lie in memory
+    return rows.expand(B, H, 2, W, 2, C).reshape(B, 2 * H, 2 * W, C).permute(0, 3, 1, 2)
+
+
+class Unet(Network):
     """A small U-Net without attention: average pooling down, nearest-neighbour up, skips added in
     by concatenation. Odd sizes are rounded up on the way down and cropped on the way up."""
 
     def __init__(
-        self, shape: tuple[int, ...], width: int, levels: int, blocks: int, drop: float
+        self,
+        shape: tuple[int, ...],
+        width: int,
+        levels: int,
+        blocks: int,
+        drop: float,
+        precision: str,
     ) -> None:
-        super().__init__()
+        super().__init__(precision)
         label = 4 * width
         channels = [width * min(2**i, MAX_CHANNELS_FACTOR) for i in range(levels)]
         self.width = width
@@ -127,7 +165,7 @@ class Unet(nn.Module):
         self.norm, self.out = group_norm(here), nn.Conv2d(here, shape[0], 3, padding=1)
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, x: Tensor, c_noise: Tensor, key: Tensor | None = None) -> Tensor:
+    def body(self, x: Tensor, c_noise: Tensor, key: Tensor | None) -> Tensor:
         """x (B, C, S, S), c_noise (B,) -> (B, C, S, S)."""
         label = F.silu(self.time(embed(c_noise, 2 * self.width)))
         h = self.inp(x.contiguous(memory_format=torch.channels_last))
@@ -141,7 +179,7 @@ class Unet(nn.Module):
         for stage in self.up:
             skip = skips.pop()
             if h.shape[-1] != skip.shape[-1]:
-                h = F.interpolate(h, scale_factor=2.0)[..., : skip.shape[-2], : skip.shape[-1]]
+                h = doubled(h)[..., : skip.shape[-2], : skip.shape[-1]]
             h = torch.cat([h, skip], 1)
             for block in stage:
                 h = block(h, label, key)
@@ -149,17 +187,22 @@ class Unet(nn.Module):
 
 
 def build(
-    network: factors.Network, shape: tuple[int, ...], drop: float, seed: int, role: str
-) -> nn.Module:
+    network: factors.Network,
+    shape: tuple[int, ...],
+    drop: float,
+    seed: int,
+    role: str,
+    precision: str = "float32",
+) -> Network:
     """The network on the CPU, its weights addressed by (seed, role, parameter name).
 
     Weights ~ N(0, 1 / fan_in), biases 0, norms 1, the output layer 0.
     """
     match network:
         case factors.Mlp(width=width, depth=depth):
-            net: nn.Module = Mlp(shape, width, depth, drop)
+            net: Network = Mlp(shape, width, depth, drop, precision)
         case factors.Unet(width=width, levels=levels, blocks=blocks):
-            net = Unet(shape, width, levels, blocks, drop)
+            net = Unet(shape, width, levels, blocks, drop, precision)
         case _:
             assert_never(network)
     for name, weight in net.named_parameters():

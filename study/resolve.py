@@ -188,8 +188,7 @@ class Resolver:
                 f"{self.file}: {key}.{name}.charge: {charge!r}; a list of different "
                 f"sources expected ({nearest('', self.sources)})"
             )
-        factors = layered.build()
-        factors = msgspec.structs.replace(factors, data=simplest(factors.data))
+        factors = simplest(layered.build())
         return Recipe(
             name,
             role,

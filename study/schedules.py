@@ -15,14 +15,25 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from study.factors import Discretization, Doubling, Fixed, Law, LognormalGrid, Sigma
+from study.factors import (
+    Discretization,
+    Doubling,
+    Ema,
+    Fixed,
+    Law,
+    LognormalGrid,
+    Progressive,
+    Sigma,
+    UniformGrid,
+)
 
 
 def grid_points(discretization: Discretization, progress: float) -> int:
     """N, the number of grid points, at `progress` in [0, 1] of a run's own steps.
 
     Doubling is iCT's N(k) = min(s0 2^floor(k / K'), s1) + 1 with k / K = progress and
-    K' = K / (log2 floor(s1 / s0) + 1).
+    K' = K / (log2 floor(s1 / s0) + 1). Progressive is CM's, N(k) = ceil(sqrt(k/K ((s1 + 1)^2 -
+    s0^2) + s0^2) - 1) + 1 (Song et al. 2023, appendix C).
     """
     match discretization:
         case Fixed(N=N):
@@ -30,8 +41,16 @@ def grid_points(discretization: Discretization, progress: float) -> int:
         case Doubling(s0=s0, s1=s1):
             stages = math.log2(s1 // s0) + 1 if s1 > s0 else 1.0
             return min(s0 * 2 ** int(progress * stages), s1) + 1
+        case Progressive(s0=s0, s1=s1):
+            root = math.sqrt(progress * ((s1 + 1) ** 2 - s0**2) + s0**2)
+            return math.ceil(root - 1) + 1
         case _:
             assert_never(discretization)
+
+
+def target_decay(target: Ema, N: int) -> float:
+    """mu, the decay of an EMA target at N grid points (Song et al. 2023, appendix C)."""
+    return target.mu if target.s0 is None else target.mu ** (target.s0 / N)
 
 
 def karras(i: Tensor, N: Tensor | int, sigma: Sigma) -> Tensor:
@@ -45,13 +64,16 @@ def level(law: Law, u: Tensor, sigma: Sigma) -> Tensor:
     """The noise level at quantile u (B,) of the law on [min, max], float64."""
     match law:
         case LognormalGrid(P_mean=mean, P_std=std):
+            # on the host: a CUDA graph can't wait for a copy from there
             low, high = (
-                torch.special.ndtr(torch.tensor((math.log(s) - mean) / std).double())
+                math.erfc((mean - math.log(s)) / (std * math.sqrt(2))) / 2
                 for s in (sigma.min, sigma.max)
             )
-            low, high = low.to(u.device), high.to(u.device)
             normal = torch.special.ndtri(low + u.double() * (high - low))
             return torch.exp(mean + std * normal).clamp(sigma.min, sigma.max)
+        case UniformGrid():
+            low, high = sigma.min ** (1 / sigma.rho), sigma.max ** (1 / sigma.rho)
+            return ((low + u.double() * (high - low)) ** sigma.rho).clamp(sigma.min, sigma.max)
         case _:
             assert_never(law)
 
@@ -60,5 +82,5 @@ def pair(law: Law, u: Tensor, N: Tensor | int, sigma: Sigma) -> tuple[Tensor, Te
     """Neighbouring levels r < t (B,) of the grid of N points, float32."""
     low, high = sigma.min ** (1 / sigma.rho), sigma.max ** (1 / sigma.rho)
     share = (level(law, u, sigma) ** (1 / sigma.rho) - low) / (high - low)
-    i = torch.minimum((share * (N - 1)).floor(), torch.as_tensor(N - 2.0)).clamp(min=0)
+    i = (share * (N - 1)).floor().clamp(min=0).clamp(max=N - 2)
     return karras(i, N, sigma).float(), karras(i + 1, N, sigma).float()

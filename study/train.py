@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from study import schedules
 from study.budget import Spend, passes, snapshot_images
+from study.capture import compiled, gradient
 from study.data import Dataset, Draws
 from study.errors import StudyError
 from study.factors import ignored
@@ -37,9 +38,11 @@ def set_up() -> None:
     # cuBLAS is deterministic only with a fixed workspace, chosen before CUDA's first use
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid, and not free
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+    torch.compiler.reset()  # what other runs of this process compiled would count against a limit
 
 
 def stream_digest(draws: Draws) -> str:
@@ -65,7 +68,7 @@ def train(
     """
     factors, folder = run.recipe.factors, lookup(run.id)
     budget, batch = factors.budget.images, factors.batch
-    net = initial(run, sources, lookup, dataset).to(device)
+    net = compiled(initial(run, sources, lookup, dataset), device)
     facts = {
         "id": run.id,
         "parameters": sum(p.numel() for p in net.parameters()),
@@ -84,7 +87,7 @@ def train(
     optimizer = make_optimizer(factors.optimizer, net)
 
     # Multiply-adds of one step, counted on a real one; gradients are dropped again.
-    with FlopCounterMode(display=False) as counter:
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         problem.loss(draws(0, batch), 2).backward()
     optimizer.zero_grad()
     flops = float(counter.get_total_flops())
@@ -108,9 +111,14 @@ def train(
         net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
         averages = [[a.to(device) for a in average] for average in state["averages"]]
+        if problem.average is not None:
+            problem.average.load_state_dict(state["target"])
         spend = msgspec.convert(state["spend"], Spend)
     rows = [row for row in read_lines(log) if row["images"] <= spend.images]
     write_bytes(log, "".join(msgspec.json.encode(row).decode() + "\n" for row in rows).encode())
+
+    def target() -> dict[str, torch.Tensor] | None:
+        return problem.average and problem.average.state_dict()
 
     def save() -> None:
         save_tensors(
@@ -118,6 +126,7 @@ def train(
             {
                 "facts": facts,
                 "net": net.state_dict(),
+                "target": target(),
                 "optimizer": optimizer.state_dict(),
                 "averages": averages,
                 "spend": msgspec.to_builtins(spend),
@@ -148,22 +157,25 @@ def train(
     ]
     every = math.ceil(budget / batch / LOG_ROWS)
     per_image = passes(factors)
+    step = gradient(problem, draws(spend.images, batch)) if spend.images < budget else None
     saved = clock = time.perf_counter()
     while spend.images < budget:
         N = schedules.grid_points(factors.discretization, spend.images / budget)
-        loss = problem.loss(draws(spend.images, batch), N)
-        loss.backward()
+        loss = step(draws(spend.images, batch), N)
         update = spend.updates + 1
         logs = update % every == 0 or spend.images + batch >= budget
         if logs:
             norm = torch.stack(torch._foreach_norm([w.grad for w in weights])).norm()
-            value = [float(loss.detach()), float(norm)]
+            value = [float(loss), float(norm)]
             if not all(map(math.isfinite, value)):
                 ended("diverged", f"loss {value[0]}, gradient norm {value[1]} at update {update}")
                 return True
         optimizer.step()
-        optimizer.zero_grad()
         average(averages, weights, gammas, update)
+        if problem.average is not None:
+            mu = schedules.target_decay(factors.target, N)
+            with torch.no_grad():
+                torch._foreach_lerp_(list(problem.average.parameters()), weights, 1 - mu)
 
         tick = time.perf_counter()
         spend = spend.plus(batch, per_image, flops, tick - clock)
@@ -189,7 +201,7 @@ def train(
             }
             save_tensors(
                 folder.file(snapshot_name(due[spend.images])),
-                {"raw": net.state_dict(), "ema": emas},
+                {"raw": net.state_dict(), "ema": emas, "target": target()},
             )
         stopping = stop()
         if stopping or spend.images in due or tick - saved > SAVE_SECONDS:
