@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from study.errors import StudyError
 from study.extractors import digits
 from study.extractors.load import EXTRACTORS, FOLDER, Extractor, load
-from study.extractors.train import train, write
+from study.extractors.train import RECIPES, train, write
 
 SPLIT = digits.split()
 
@@ -138,7 +138,8 @@ def test_unknown_name_lists_the_known() -> None:
 def test_training_again_writes_the_same_bytes(tmp_path: Path) -> None:
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     for name in ("first.pt", "second.pt"):
-        network = train(*SPLIT["extractor"], EXTRACTORS["digits-cnn"], steps=20)
+        recipe = RECIPES["digits"]._replace(steps=20)
+        network = train(*SPLIT["extractor"], EXTRACTORS["digits-cnn"], recipe)
         write(network, tmp_path / name)
     assert (tmp_path / "first.pt").read_bytes() == (tmp_path / "second.pt").read_bytes()
     assert len(list(tmp_path.iterdir())) == 2
@@ -148,7 +149,8 @@ def test_training_again_writes_the_same_bytes(tmp_path: Path) -> None:
 
 def test_training_learns() -> None:
     """A tenth of the shipped training already reads most unseen digits."""
-    network = train(*SPLIT["extractor"], EXTRACTORS["digits-cnn"], steps=200)
+    recipe = RECIPES["digits"]._replace(steps=200)
+    network = train(*SPLIT["extractor"], EXTRACTORS["digits-cnn"], recipe)
     images, labels = SPLIT["held_out"]
     with torch.no_grad():
         logits = network.head(network(as_uint8(images).float() / 127.5 - 1))

@@ -57,7 +57,10 @@ class SmallCNN(nn.Module):
         return self.trunk(x)
 
 
-EXTRACTORS = {"digits-cnn": Shape(size=8, width=16, features=32, classes=10)}
+EXTRACTORS = {
+    "digits-cnn": Shape(size=8, width=16, features=32, classes=10),
+    "fashion_mnist-cnn": Shape(size=28, width=24, features=64, classes=10),
+}
 
 
 class Extractor(nn.Module):
