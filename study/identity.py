@@ -17,7 +17,7 @@ import msgspec
 
 from study.factors import Factors, ignored
 
-SCHEMA = 1  # raise it when a default changes or a value changes its meaning
+SCHEMA = 2  # raise it when a default changes or a value changes its meaning
 OUTSIDE = (
     "names of studies, variants, sources and cells",
     "question",

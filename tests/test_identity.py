@@ -33,15 +33,15 @@ variants:
   self_pretrain: {from: ct, init: {run: edm_half}, charge: [edm_half]}
 """
 GOLDEN = {
-    "edm": "5eb114a2fc",
-    "edm_half": "c7bd33ea18",
-    "ct_first": "1697545e20",
-    "ct": "3e771c3f83",
-    "cd": "1a89e9de22",
-    "cd_exact": "1600e3107e",
-    "ct_warm": "8f20e4f904",
-    "born_again": "b89a0027bd",
-    "self_pretrain": "d36486f746",
+    "edm": "295216df5f",
+    "edm_half": "028ac9689f",
+    "ct_first": "787a7793fa",
+    "ct": "5355f14ec3",
+    "cd": "78c2bfe0c4",
+    "cd_exact": "a93cc6cc2a",
+    "ct_warm": "cf60f93119",
+    "born_again": "6433a15752",
+    "self_pretrain": "0934c8b72c",
 }
 
 
