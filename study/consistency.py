@@ -85,7 +85,7 @@ def distance(kind: Distance, a: Tensor, b: Tensor) -> Tensor:
     squared = (a - b).square().flatten(1).sum(1)
     match kind:
         case L2():
-            return squared
+            return squared / a[0].numel()
         case PseudoHuber(c0=c0):
             c = c0 * a[0].numel() ** 0.5
             # = sqrt(squared + c^2) - c, without its cancellation where squared << c^2

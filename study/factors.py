@@ -208,7 +208,7 @@ class Uniform(Kind, frozen=True, tag="uniform"):
 
 
 class L2(Kind, frozen=True, tag="l2"):
-    """|a - b|^2, summed over dimensions."""
+    """|a - b|^2 / d, the mean over dimensions."""
 
 
 class PseudoHuber(Kind, frozen=True, tag="pseudo_huber"):

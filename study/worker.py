@@ -95,6 +95,8 @@ def work(run: Run, sources: Mapping[str, Run], folders: Mapping[str, Folder], de
                     "factors": complete(run.recipe.factors, run.refs)})  # fmt: skip
                 place = torch.device(device)
                 set_up()
+                if place.type == "cuda":  # streams and graphs are made on the current device
+                    torch.cuda.set_device(place)
                 append_line(folder.file("attempts.jsonl"), provenance(place))
                 dataset = load(run.recipe.factors.data, place)
                 inputs = check_inputs(run, folders.__getitem__, dataset)

@@ -232,9 +232,9 @@ def test_pseudo_hubers_gradient_is_zero_at_zero_and_one_far_away() -> None:
     assert a.grad[2].norm().item() == pytest.approx(1.0, rel=1e-5)
 
 
-def test_l2_sums_over_dimensions() -> None:
+def test_l2_is_the_mean_over_dimensions() -> None:
     a, b = torch.zeros(2, 1, 2, 2), torch.tensor([3.0, 4.0]).repeat(2, 1, 2, 1)
-    assert distance(L2(), a, b).tolist() == [50.0, 50.0]
+    assert distance(L2(), a, b).tolist() == [12.5, 12.5]
 
 
 def test_weights() -> None:
