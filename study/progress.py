@@ -102,9 +102,9 @@ class Display:
 
 def state_table(study: Study, states: Mapping[str, str]) -> Table:
     """Variants and sources by seed, with each run's state; many seeds are counted by state."""
-    by_recipe: dict[int, list[str]] = {}
+    by_recipe: dict[int, dict[int, str]] = {}
     for run in study.runs:
-        by_recipe.setdefault(id(run.recipe), []).append(states[run.id])
+        by_recipe.setdefault(id(run.recipe), {})[run.seed] = states[run.id]
     few = len(study.seeds) <= MANY_SEEDS
     columns = [f"seed {s}" for s in study.seeds] if few else [f"{len(study.seeds)} seeds"]
     table = Table(title=study.name, title_justify="left")
@@ -112,8 +112,9 @@ def state_table(study: Study, states: Mapping[str, str]) -> Table:
         table.add_column(column)
     for recipe in study.recipes:
         found = by_recipe[id(recipe)]
-        counts = Counter(found).items()
-        cells = found if few else [", ".join(f"{n} {state}" for state, n in counts)]
+        counts = Counter(found.values()).items()
+        each = [found.get(s, "") for s in study.seeds]  # a recipe may have fewer than the study
+        cells = each if few else [", ".join(f"{n} {state}" for state, n in counts)]
         role = "" if recipe.role == "student" else " (source)"
         coloured = (f"[{COLOURS.get(c, 'default')}]{c}[/]" for c in cells)
         table.add_row(recipe.cell, recipe.name + role, *coloured)

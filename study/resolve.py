@@ -71,6 +71,7 @@ class Resolver:
             raise StudyError(f"{file}: variants: missing or empty; a study compares variants")
         if both := set(self.sources) & set(self.variants):
             raise StudyError(f"{file}: sources.{min(both)}: also the name of a variant")
+        self.seeds = self._seeds(tree.get("seeds", [0]), "seeds")
         self.ids: dict[tuple[str, str, int], str] = {}
 
     def _section(self, key: str) -> dict:
@@ -91,7 +92,6 @@ class Resolver:
 
     def study(self) -> Study:
         """Resolves everything; runs come in an order in which sources precede their users."""
-        seeds = self._seeds()
         recipes = [
             self._recipe(name, role, cell)
             for cell in self.cells
@@ -104,31 +104,37 @@ class Resolver:
         for recipe in recipes:
             sources = {r.name: r for r in recipes if r.cell == recipe.cell and r.role == "teacher"}
             check_recipe(recipe, self._where(recipe), sources, self.variants)
-        ordered = [r for cell in self.cells for r in self._order(cell, table)]
+        ordered = {cell: tuple(self._order(cell, table)) for cell in self.cells}
         runs, asked = [], set()
-        for recipe in ordered:
-            measures = tuple(settings_of(recipe.measure, recipe.factors, recipe.role))
-            for seed in seeds:
-                runs.append(self._run(recipe, seed, measures, asked))
+        for cell, chain in ordered.items():  # block after block, so that a study cut short has some
+            asks = [(r, tuple(settings_of(r.measure, r.factors, r.role))) for r in chain]
+            for seed in self.seeds:
+                for recipe, measures in asks:
+                    if seed in recipe.seeds:
+                        runs.append(self._run(recipe, seed, measures, asked))
         question = self.tree.get("question", "")
         if not isinstance(question, str):
             raise StudyError(f"{self.file}: question: {question!r} given; text expected")
         return Study(
-            self.name, question, self._primaries(table), seeds, tuple(ordered), tuple(runs)
+            self.name,
+            question,
+            self._primaries(table),
+            self.seeds,
+            tuple(r for chain in ordered.values() for r in chain),
+            tuple(runs),
         )
 
-    def _seeds(self) -> tuple[int, ...]:
-        seeds = self.tree.get("seeds", [0])
+    def _seeds(self, seeds: object, where: str) -> tuple[int, ...]:
         kind = Annotated[tuple[Annotated[int, Meta(ge=0, lt=2**31)], ...], Meta(min_length=1)]
         try:
             seeds = msgspec.convert(seeds, kind)
         except msgspec.ValidationError as error:
             raise StudyError(
-                f"{self.file}: seeds: {seeds!r} given; a list of different whole "
+                f"{self.file}: {where}: {seeds!r} given; a list of different whole "
                 f"numbers from 0 expected ({error})"
             ) from None
         if len(set(seeds)) < len(seeds):
-            raise StudyError(f"{self.file}: seeds: {list(seeds)} names one twice")
+            raise StudyError(f"{self.file}: {where}: {list(seeds)} names one twice")
         return seeds
 
     # --- one recipe ---
@@ -169,8 +175,16 @@ class Resolver:
         layered.add(self.base, "base")
         fixed = layered.add(cell_keys, f"cells.{cell}")
         charge: object = ()
+        seeds = self.seeds
         for where, own in self._chain(name, group, f"{key}.{name}"):
             charge = own.pop("charge", charge) or ()
+            if "seeds" in own:
+                seeds = self._seeds(own.pop("seeds"), f"{where}.seeds")
+                if extra := set(seeds) - set(self.seeds):
+                    raise StudyError(
+                        f"{self.file}: {where}.seeds: {min(extra)} is not among the study's "
+                        f"{list(self.seeds)}"
+                    )
             for path in layered.add(own, where):
                 if role == "student" and any(_overlap(path, f) for f in fixed):
                     raise StudyError(
@@ -195,6 +209,7 @@ class Resolver:
             cell,
             self._budgeted(factors, layered),
             tuple(charge),
+            seeds,
             self._measure(cell, factors),
         )
 
@@ -261,6 +276,11 @@ class Resolver:
                 return
             recipe = table[name, cell]
             for other in (*references(recipe.factors).values(), *recipe.charge):
+                if lacking := set(recipe.seeds) - set(table[other, cell].seeds):
+                    raise StudyError(
+                        f"{self._where(table[other, cell])}.seeds: without {min(lacking)}, with "
+                        f"which {name!r} needs it"
+                    )
                 yield from visit(other, (*above, name))
             done.add(name)
             yield recipe

@@ -36,13 +36,15 @@ class Primary(Value, frozen=True):
 
 @dataclass(frozen=True)
 class Recipe:
-    """A variant or source in one cell. charge: sources whose images count against its budget."""
+    """A variant or source in one cell. charge: sources whose images count against its budget;
+    seeds: those it is trained with, of the study's."""
 
     name: str
     role: str  # 'student' for variants, 'teacher' for sources: it keys the randomness
     cell: str
     factors: Factors
     charge: tuple[str, ...]
+    seeds: tuple[int, ...]
     measure: Measure
 
 

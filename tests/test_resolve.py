@@ -209,3 +209,21 @@ def test_a_missing_file_and_a_bad_set_are_study_errors(tmp_path: Path) -> None:
     for bad in ("seeds", "seeds=[", ".=1", "base.batch.x=1"):
         with pytest.raises(StudyError):
             load(path, (bad,))
+
+
+def test_a_variant_may_have_fewer_seeds(tmp_path: Path) -> None:
+    fewer = replaced("ct: {score: single_sample}", "ct: {score: single_sample, seeds: [1]}")
+    study = read(tmp_path, fewer)
+    planned = [(r.recipe.name, r.seed) for r in study.runs]
+    assert planned == [("edm", 0), ("cd", 0), ("edm", 1), ("ct", 1), ("cd", 1)]
+    assert {r.id for r in study.runs} < {r.id for r in read(tmp_path).runs}
+    for text, message in (
+        (fewer.replace("[1]}", "[2]}"), "variants.ct.seeds: 2 is not among the study's"),
+        (fewer.replace("[1]}", "[1, 1]}"), "variants.ct.seeds: .* names one twice"),
+        (
+            replaced("objective: denoising}", "objective: denoising, seeds: [0]}"),
+            "sources.edm.seeds: without 1, with which 'cd' needs it",
+        ),
+    ):
+        with pytest.raises(StudyError, match=message):
+            read(tmp_path, text)
