@@ -2,16 +2,16 @@
 
 images: training images seen (= updates at equal batch). passes: network evaluations per image, a
 forward counting 1 and a backward 2, so CT costs 4 (student forward and backward, target forward),
-CD along a teacher 5, denoising 3. flops: multiply-adds counted twice, measured on one real step
-with torch's own counter. seconds: training only, evaluation and saving left out. What the sources
-of a run spent stands in their own ledgers; the analysis adds it up.
+CD along a teacher 5 (6 with Heun's second slope), denoising 3. flops: multiply-adds counted twice,
+measured on one real step with torch's own counter. seconds: training only, evaluation and saving
+left out. What the sources of a run spent stands in their own ledgers; the analysis adds it up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from study.factors import Denoising, Factors, Frozen, Teacher, Value
+from study.factors import Denoising, Factors, Frozen, Heun, Teacher, Value
 
 BACKWARD = 2  # forwards that a backward pass is worth
 
@@ -42,7 +42,8 @@ def passes(factors: Factors) -> int:
     if isinstance(factors.objective, Denoising):
         return student
     teacher = isinstance(factors.score, Teacher) and not isinstance(factors.target, Frozen)
-    return student + 1 + teacher
+    slopes = 2 if isinstance(factors.solver, Heun) else 1
+    return student + 1 + slopes * teacher
 
 
 def snapshot_images(images: int, batch: int, points: Iterable[float]) -> dict[int, float]:

@@ -15,6 +15,7 @@ from study.factors import (
     Factors,
     FittedMixture,
     Mixture,
+    Progressive,
     Unet,
     ignored,
     references,
@@ -48,6 +49,11 @@ def check_recipe(
     elif isinstance(score, Analytic) and not isinstance(data, FittedMixture):
         raise StudyError(
             f"{where}.score: analytic needs a known density (mixture, fitted_mixture), not {kind}"
+        )
+    steps = factors.discretization
+    if isinstance(steps, Progressive) and steps.s0 > steps.s1 + 1:
+        raise StudyError(
+            f"{where}.discretization: s0 {steps.s0} is above s1 {steps.s1}, so that N would fall"
         )
     if isinstance(score, Empirical) and getattr(data, "samples", 1) is None:
         raise StudyError(

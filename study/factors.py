@@ -292,8 +292,11 @@ class Factors(Value, frozen=True):
 def simplest(factors: Factors) -> Factors:
     """The same training in fewest words, so that what means the same is one run.
 
-    A Heun step with D^ = x is an Euler step; one std stands for equal ones, no weights for equal.
+    A Heun step with D^ = x is an Euler step; an average that forgets everything is the student;
+    one std stands for equal ones, no weights for equal.
     """
+    if isinstance(factors.target, Ema) and factors.target.mu == 0:
+        factors = replace(factors, target=Stopgrad())
     if isinstance(factors.score, SingleSample):
         factors = replace(factors, solver=Euler())
     data = factors.data

@@ -106,7 +106,7 @@ class Resolver:
             check_recipe(recipe, self._where(recipe), sources, self.variants)
         ordered = {cell: tuple(self._order(cell, table)) for cell in self.cells}
         runs, asked = [], set()
-        for cell, chain in ordered.items():  # block after block, so that a study cut short has some
+        for chain in ordered.values():  # block after block: a study cut short has whole ones
             asks = [(r, tuple(settings_of(r.measure, r.factors, r.role))) for r in chain]
             for seed in self.seeds:
                 for recipe, measures in asks:

@@ -11,9 +11,11 @@ from study.factors import (
     Analytic,
     Budget,
     Denoising,
+    Ema,
     Empirical,
     Factors,
     Frozen,
+    Heun,
     Mixture,
     Mlp,
     Sigma,
@@ -27,6 +29,10 @@ CASES = {
     "teacher": ({"score": Teacher(run="a")}, 5),
     "empirical": ({"score": Empirical()}, 4),
     "analytic": ({"score": Analytic()}, 4),
+    "averaged target": ({"target": Ema(mu=0.9)}, 4),
+    "averaged target, teacher": ({"target": Ema(mu=0.9), "score": Teacher(run="a")}, 5),
+    "heun, analytic": ({"score": Analytic(), "solver": Heun()}, 4),
+    "heun, teacher": ({"score": Teacher(run="a"), "solver": Heun()}, 6),
     "frozen": ({"target": Frozen(run="a")}, 4),
     "frozen, score ignored": ({"target": Frozen(run="a"), "score": Teacher(run="a")}, 4),
     "denoising": ({"objective": Denoising()}, 3),
@@ -68,6 +74,7 @@ def test_passes_are_the_calls_made(case: str) -> None:
             density=dataset.density,
         ),
         lambda x_t, t: consistency(other, x_t, t, sigma),
+        other if isinstance(factors.target, Ema) else None,
     )
     problem.loss(Draws(dataset, 0, "student", 0)(0, 16), 10).backward()
     assert sum(count) == passes(factors) == expected

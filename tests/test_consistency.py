@@ -19,16 +19,19 @@ from study.factors import (
     Analytic,
     Budget,
     Denoising,
+    Ema,
     Euler,
     Factors,
     Fixed,
     Frozen,
+    Heun,
     InverseStep,
     Mixture,
     Mlp,
     PseudoHuber,
     Sigma,
     SingleSample,
+    Solver,
     Teacher,
     Unet,
     Uniform,
@@ -97,6 +100,18 @@ def test_consistency_model_of_images_at_another_sigma_min() -> None:
     assert torch.equal(consistency.consistency(net, x, torch.full((3,), 0.01), sigma), x)
 
 
+@pytest.mark.parametrize("kind", [Mlp(width=16, depth=1), Unet(width=4)], ids=str)
+def test_consistency_model_in_bfloat16_is_the_identity_at_sigma_min_too(
+    kind: Mlp | Unet,
+) -> None:
+    net = networks.build(kind, (1, 5, 5), 0.0, 0, "student", "bfloat16")
+    nn.init.normal_(net.out.weight)
+    x = 3 * torch.randn(8, 1, 5, 5, generator=torch.Generator().manual_seed(0))
+    t = torch.full((8,), 0.002)
+    assert torch.equal(consistency.consistency(net, x, t, SIGMA), x)
+    assert not torch.equal(consistency.consistency(net, x, 2 * t, SIGMA), x)
+
+
 def test_consistency_models_coefficients() -> None:
     """s = 0.5, t = 1.002: c_skip = .25 / 1.25, c_out = .5 / sqrt(.25 + 1.004004)."""
     t, x = torch.tensor([1.002]), torch.tensor([[3.0]])
@@ -163,6 +178,47 @@ def test_euler_along_the_clean_image_is_x_plus_r_z(t: float, r: float) -> None:
     x_r = solver_step(Euler(), lambda y, s: (y - x) / s[0], x_t, t, r)
     scale = torch.finfo(torch.float32).eps * (x.abs() + t[0] * z.abs())
     assert ((x_r - (x + r[0] * z)).abs() < 4 * scale).all()
+
+
+@pytest.mark.parametrize(("solver", "order"), [(Euler(), 2), (Heun(), 3)])
+@pytest.mark.parametrize("t", [0.3, 1.0, 4.0])
+def test_one_steps_error_shrinks_with_the_solvers_order(
+    solver: Solver, order: int, t: float
+) -> None:
+    """On N(m, s^2) the flow is x -> m + sqrt((s^2 + r^2) / (s^2 + t^2)) (x - m)."""
+    m, s = 0.4, 0.7
+    mixture = GaussianMixture.from_lists([[m]], [s], [1.0], torch.float64)
+    x = torch.tensor([[-3.0], [1.0], [2.5]]).double()
+
+    def error(step: float) -> Tensor:
+        start, end = (torch.full_like(x[:, 0], level) for level in (t, t - step))
+        found = solver_step(
+            solver, lambda y, v: (y - mixture.denoiser(y, v)) / v[:, None], x, start, end
+        )
+        exact = m + math.sqrt((s**2 + (t - step) ** 2) / (s**2 + t**2)) * (x - m)
+        return (found - exact).abs()[:, 0]
+
+    for step in (t / 50, t / 100):
+        measured = torch.log2(error(step) / error(step / 2))
+        assert measured.tolist() == pytest.approx([order] * 3, abs=0.1)
+
+
+@pytest.mark.parametrize(("t", "r"), [(0.01, 0.002), (1.0, 0.9), (80.0, 0.002), (80.0, 79.0)])
+def test_heun_along_the_clean_image_is_euler(t: float, r: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, z = (torch.randn(100, 3, 4, 4, generator=generator).double() for _ in range(2))
+    t, r = torch.full((100,), t).double(), torch.full((100,), r).double()
+    x_t, calls = x + t[0] * z, []
+
+    def slope(y: Tensor, s: Tensor) -> Tensor:
+        calls.append(s[0].item())
+        return (y - x) / s[0]
+
+    euler, heun = (solver_step(solver, slope, x_t, t, r) for solver in (Euler(), Heun()))
+    assert calls == [t[0], t[0], r[0]]  # the second slope is the one at the step's end
+    tolerance = 1e-15 * (t[0] ** 2 / r[0] + 10).item()  # the second slope's division by r
+    torch.testing.assert_close(heun, euler, rtol=0, atol=tolerance)
+    torch.testing.assert_close(heun, x + r[0] * z, rtol=0, atol=tolerance)
 
 
 def composed(mixture: GaussianMixture, x: Tensor, N: int) -> Tensor:
@@ -280,6 +336,37 @@ def test_distillation_on_a_gaussian_meets_the_straight_line_of_its_flow(source: 
     expected = x_t * (1 + (r - t) * t / (0.25 + t**2))[:, None]
     torch.testing.assert_close(x_t, b.x + t[:, None] * b.z, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(x_r, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_distillation_with_heun_meets_the_flow_closer_than_with_euler() -> None:
+    """x_r on N(0, s^2) against sqrt((s^2 + r^2) / (s^2 + t^2)) x_t, in the loss itself."""
+    errors, b = [], batch(GAUSS, 500)
+    for solver in (Euler(), Heun()):
+        net = constant(0)
+        drawn = factors(score=Analytic(), solver=solver)
+        Problem(drawn, SIGMA, net, Knowledge(density=GAUSS)).losses(b, 60)
+        (x_r, r), (x_t, t) = points(net)
+        exact = ((0.25 + r**2) / (0.25 + t**2)).sqrt()[:, None] * x_t
+        errors.append((x_r - exact).abs().mean().item())
+    assert errors[1] < errors[0] / 10
+
+
+def test_averaged_target_is_read_in_the_students_place() -> None:
+    b, student, average = batch(GAUSS, 100), constant(0.3), constant(0.7)
+    drawn = factors(target=Ema(mu=0.9), weighting=Uniform())
+    problem = Problem(drawn, SIGMA, student, average=average)
+    found = problem.losses(b, 20)
+    assert len(student.calls) == len(average.calls) == 1
+    assert student.calls[0][2] is b.key and average.calls[0][2] is b.key  # one dropout mask
+    assert (student.calls[0][3], average.calls[0][3]) == (True, False)
+    r, t = schedules.pair(drawn.law, b.u, 20, SIGMA)
+    ends = [
+        consistency.consistency(constant(F), b.x + level[:, None] * b.z, level, SIGMA)
+        for F, level in ((0.3, t), (0.7, r))
+    ]
+    torch.testing.assert_close(found, (ends[0] - ends[1])[:, 0] ** 2, rtol=1e-4, atol=1e-8)
+    own = Problem(drawn, SIGMA, constant(0.3)).losses(b, 20)
+    assert (found - own).abs().max() > 0.01
 
 
 def test_target_has_the_students_mask_and_no_gradient() -> None:

@@ -56,6 +56,7 @@ def test_golden_ids(tmp_path: Path) -> None:
     ("  sliced_wasserstein: {samples: 256, draws: 1}", "  sliced_wasserstein: {samples: 128}"),
     ("seeds: [0, 1]", "seeds: [1, 0, 2]"),
     ("batch: 64", "batch: 64\n  dropout: 0.0"),  # a default written out
+    ("batch: 64", "batch: 64\n  precision: float32"),
     ("std: 0.2", "std: 2.0e-1"),  # the same value otherwise written
     ("{score: single_sample}", "{from: preset:ct}"),
 ])  # fmt: skip
@@ -68,6 +69,9 @@ def test_what_an_id_leaves_out(old: str, new: str, tmp_path: Path) -> None:
     ("std: 0.2", "std: 0.3"), ("batch: 64", "batch: 32"), ("images: 1280", "images: 640"),
     ("width: 16", "width: 8"), ("batch: 64", "batch: 64\n  data_stream: 1"),
     ("batch: 64", "batch: 64\n  weights_ema: [0.05]"),
+    ("batch: 64", "batch: 64\n  precision: bfloat16"),
+    ("batch: 64", "batch: 64\n  law: uniform_grid"),
+    ("batch: 64", "batch: 64\n  optimizer: radam"),
 ])  # fmt: skip
 def test_what_enters_every_id(old: str, new: str, tmp_path: Path) -> None:
     before, after = ids(tmp_path), ids(tmp_path, replaced(old, new))
@@ -78,6 +82,29 @@ def test_a_student_schedule_retrains_no_teacher_but_its_students(tmp_path: Path)
     before, after = ids(tmp_path), ids(tmp_path, replaced("N: 10", "N: 20"))
     assert before["edm", 0] == after["edm", 0]
     assert before["ct", 0] != after["ct", 0] and before["cd", 0] != after["cd", 0]
+
+
+@pytest.mark.parametrize("target", ["{kind: ema, mu: 0.9}", "{kind: ema, mu: 0.9, s0: 2}"])
+def test_a_students_averaged_target_enters_its_id_alone(target: str, tmp_path: Path) -> None:
+    before = ids(tmp_path)
+    after = ids(tmp_path, replaced("batch: 64", f"batch: 64\n  target: {target}"))
+    assert before["edm", 0] == after["edm", 0]
+    assert before["ct", 0] != after["ct", 0] and before["cd", 0] != after["cd", 0]
+
+
+def test_heun_on_single_samples_is_euler_and_along_a_teacher_is_not(tmp_path: Path) -> None:
+    before = ids(tmp_path)
+    after = ids(tmp_path, replaced("batch: 64", "batch: 64\n  solver: heun"))
+    assert after["ct", 0] == before["ct", 0]
+    assert after["cd", 0] != before["cd", 0]
+    assert after["edm", 0] == before["edm", 0]  # a denoiser has no solver
+    frozen = "{score: single_sample, target: {kind: frozen, run: first}, solver: %s}"
+    own = [
+        ids(tmp_path, replaced("{score: single_sample}", frozen % solver)
+            .replace("sources:", "sources:\n  first: {}"))["ct", 0]
+        for solver in ("euler", "heun")
+    ]  # fmt: skip
+    assert own[0] == own[1] != before["ct", 0]
 
 
 def test_a_teacher_renamed_keeps_its_students_a_changed_one_does_not(tmp_path: Path) -> None:

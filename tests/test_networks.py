@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from study import networks
 from study.factors import Mlp, Network, Unet
-from study.networks import build, dropout
+from study.networks import build, doubled, dropout
 
 SIZES = 1 << 16
 KINDS = [
@@ -105,6 +106,58 @@ def test_convolutions_run_channels_last() -> None:
     net(*inputs(2, 3, 7, 7), torch.tensor(5))
     assert len(seen) > 8
     assert all(h.is_contiguous(memory_format=torch.channels_last) for h in seen)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1, 1), (2, 4, 5, 7), (1, 1, 3, 2), (3, 8, 4, 4)])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_doubled_is_torchs_nearest_interpolation(
+    shape: tuple[int, ...], layout: torch.memory_format
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(shape, generator=generator).to(memory_format=layout)
+    upstream = torch.randn(*shape[:2], 2 * shape[2], 2 * shape[3], generator=generator)
+    results = []
+    for function in (doubled, lambda h: F.interpolate(h, scale_factor=2.0, mode="nearest")):
+        leaf = h.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        y = function(leaf)
+        y.backward(upstream)
+        results.append((y.detach(), leaf.grad))
+    (value, gradient), (expected, expected_gradient) = results
+    assert torch.equal(value, expected)
+    if shape[2:] != (1, 1):  # a single pixel is only viewed
+        assert value.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
+
+
+# --- precision ---
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_bfloat16_rounds_the_products_and_nothing_outside(kind: Network) -> None:
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        net = build(kind, (3, 8, 8), 0.0, 0, "student", precision)
+        generator = torch.Generator().manual_seed(0)
+        net.out.weight.data.normal_(generator=generator)
+        x, c_noise = inputs(16, 3, 8, 8)
+        y = net(x, c_noise)
+        assert y.dtype == torch.float32 and y.shape == x.shape
+        (y * inputs(16, 3, 8, 8, seed=1)[0]).mean().backward()
+        assert all(w.dtype == w.grad.dtype == torch.float32 for w in net.parameters())
+        gradient = torch.cat([w.grad.flatten() for w in net.parameters()])
+        found[precision] = y.detach(), gradient
+    for exact, rounded in zip(found["float32"], found["bfloat16"], strict=True):
+        error = ((rounded - exact).norm() / exact.norm()).item()
+        assert 2**-12 < error < 0.03  # a product's relative rounding is 2^-9
+
+
+def test_weights_are_the_same_in_either_precision() -> None:
+    one, other = (
+        build(Unet(width=8), (1, 8, 8), 0.0, 3, "student", p).state_dict()
+        for p in ("float32", "bfloat16")
+    )
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 # --- dropout ---

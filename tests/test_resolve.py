@@ -8,7 +8,24 @@ import pytest
 from studies import TWO_MODES, read, replaced, write
 
 from study.errors import StudyError
-from study.factors import FromRun, Frozen, SingleSample, Teacher, references
+from study.factors import (
+    L2,
+    Ema,
+    Euler,
+    Fixed,
+    FromRun,
+    Frozen,
+    Heun,
+    Progressive,
+    RAdam,
+    Random,
+    SingleSample,
+    Stopgrad,
+    Teacher,
+    Uniform,
+    UniformGrid,
+    references,
+)
 from study.resolve import load
 from study.run import main
 from study.spec import Study
@@ -96,6 +113,24 @@ def test_from_means_a_variant_of_the_study_before_a_preset(tmp_path: Path) -> No
     study = read(tmp_path, text)
     kinds = {n: by_name(study, n)[0].recipe.factors.score.__struct_config__.tag for n in "ab"}
     assert kinds == {"a": "empirical", "b": "single_sample"}
+
+
+def test_the_pair_of_2023_has_its_published_constants(tmp_path: Path) -> None:
+    text = replaced("ct: {score: single_sample}", "ct: {from: preset:cm_ct}").replace(
+        "cd: {score: {kind: teacher, run: edm}}", "cd: {from: preset:cm_cd}")
+    study = read(tmp_path, text)
+    ct, cd = (by_name(study, name)[0].recipe.factors for name in ("ct", "cd"))
+    for one in (ct, cd):
+        assert one.optimizer == RAdam(lr=4e-4, betas=(0.9, 0.999))
+        assert (one.law, one.weighting, one.distance) == (UniformGrid(), Uniform(), L2())
+        assert one.dropout == 0
+    assert (cd.score, cd.init) == (Teacher(run="edm"), FromRun(run="edm"))
+    assert (cd.solver, cd.target, cd.discretization) == (Heun(), Stopgrad(), Fixed(N=18))
+    assert (ct.score, ct.init, ct.solver) == (SingleSample(), Random(), Euler())
+    assert ct.target == Ema(mu=0.9, s0=2)
+    assert ct.discretization == Progressive(s0=2, s1=150)
+    differ = {f for f in ct.__struct_fields__ if getattr(ct, f) != getattr(cd, f)}
+    assert differ == {"score", "init", "solver", "target", "discretization"}
 
 
 def test_names_that_mean_the_same_are_one_run(tmp_path: Path) -> None:
@@ -227,3 +262,14 @@ def test_a_variant_may_have_fewer_seeds(tmp_path: Path) -> None:
     ):
         with pytest.raises(StudyError, match=message):
             read(tmp_path, text)
+
+
+def test_a_grid_that_would_shrink_is_refused(tmp_path: Path) -> None:
+    text = replaced("{kind: fixed, N: 10}", "{kind: progressive, s0: 20, s1: 10}")
+    with pytest.raises(StudyError, match="discretization: s0 20 is above s1 10"):
+        read(tmp_path, text)
+
+
+def test_an_average_that_forgets_is_the_student(tmp_path: Path) -> None:
+    twin = replaced("ct: {score: single_sample}", "ct: {target: {kind: ema, mu: 0.0}}")
+    assert {r.id for r in read(tmp_path, twin).runs} == {r.id for r in read(tmp_path).runs}

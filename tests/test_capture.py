@@ -1,0 +1,151 @@
+"""The step's fast form against the step as it is written."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from study import networks
+from study.capture import Captured, compiled, gradient, in_rows
+from study.consistency import Problem
+from study.data import Batch, Draws, load
+from study.factors import (
+    Analytic,
+    Budget,
+    Denoising,
+    Ema,
+    Factors,
+    Heun,
+    Mixture,
+    Mlp,
+    Sigma,
+    UniformGrid,
+)
+from study.scores import Knowledge
+
+MIXTURE = Mixture(means=((-1.0, 0.0), (1.0, 0.5)), std=0.2)
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CASES = {
+    "ct": {},
+    "heun along the exact score": {"score": Analytic(), "solver": Heun()},
+    "averaged target": {"target": Ema(mu=0.9), "law": UniformGrid()},
+    "bfloat16": {"precision": "bfloat16"},
+    "denoising": {"objective": Denoising()},
+}
+
+
+def problem(case: str, device: torch.device = CPU) -> Problem:
+    """A small problem with dropout, no part of it at zero."""
+    factors = Factors(
+        data=MIXTURE,
+        network=Mlp(width=16, depth=2),
+        budget=Budget(images=1),
+        dropout=0.2,
+        **CASES[case],
+    )
+    student, average = (
+        networks.build(factors.network, (2,), factors.dropout, seed, "", factors.precision)
+        for seed in (0, 1)
+    )
+    for seed, net in enumerate((student, average)):
+        nn.init.normal_(net.out.weight, generator=torch.Generator().manual_seed(seed))
+        net.to(device)
+    density = load(MIXTURE).to(device).density
+    return Problem(
+        factors,
+        Sigma(data=0.7),
+        student,
+        Knowledge(density=density),
+        average=average.requires_grad_(False) if isinstance(factors.target, Ema) else None,
+    )
+
+
+def batch(i: int, n: int = 32, device: torch.device = CPU) -> Batch:
+    drawn = Draws(load(MIXTURE), 0, "student", 0)(i * n, n)
+    return Batch(*(getattr(drawn, f.name).to(device) for f in fields(Batch)))
+
+
+# --- a function in pieces of equal size ---
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 3, 3)])
+@pytest.mark.parametrize(("n", "pieces"), [(1, 1), (5, 1), (8, 1), (9, 2), (16, 2), (29, 4)])
+def test_pieces_have_the_compiled_size_and_the_functions_rows(
+    shape: tuple[int, ...], n: int, pieces: int
+) -> None:
+    sizes = []
+
+    def function(x: Tensor, t: Tensor) -> Tensor:
+        sizes.append((len(x), len(t)))
+        assert (t > 0).all()  # padding is no noise level of its own
+        return x * t.log().view(-1, *(1,) * (x.ndim - 1)) + x.flatten(1).sum(1).view(
+            -1, *(1,) * (x.ndim - 1)
+        )
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, *shape, generator=generator)
+    t = torch.rand(n, generator=generator) + 0.1
+    direct = function(x, t)
+    sizes.clear()
+    found = in_rows(function, 8, CUDA)(x, t)
+    assert sizes == [(8, 8)] * pieces
+    assert torch.equal(found, direct)
+
+
+def test_a_network_in_pieces_gives_the_rows_of_the_whole() -> None:
+    net = networks.build(Mlp(width=16, depth=1), (2,), 0.0, 0, "")
+    nn.init.normal_(net.out.weight)
+    x, t = batch(0, 21).x, torch.linspace(0.1, 3, 21)
+    with torch.no_grad():
+        torch.testing.assert_close(in_rows(net, 8, CUDA)(x, t), net(x, t))
+
+
+def test_on_a_cpu_the_function_is_called_as_it_is() -> None:
+    def function(x: Tensor, t: Tensor) -> Tensor:
+        return x
+
+    assert in_rows(function, 8, CPU) is function
+
+
+# --- the gradient ---
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradient_is_autograds_of_one_batch_alone(case: str) -> None:
+    one = problem(case)
+    weights = list(one.net.parameters())
+    step = gradient(one, batch(0))
+    step(batch(1), 10)  # a step before leaves nothing behind
+    loss = step(batch(2), 7)
+    expected = one.loss(batch(2), 7)
+    assert not loss.requires_grad and torch.equal(loss, expected.detach())
+    for found, g in zip(weights, torch.autograd.grad(expected, weights), strict=True):
+        assert torch.equal(found.grad, g)
+    assert sum(w.grad.abs().sum().item() for w in weights) > 0
+
+
+def test_compiled_network_on_a_cpu_is_the_network() -> None:
+    net = networks.build(Mlp(width=16, depth=1), (2,), 0.0, 0, "")
+    assert compiled(net, CPU) is net and net._compiled_call_impl is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a captured step needs a GPU")
+@pytest.mark.parametrize("case", CASES)
+def test_a_captured_step_is_the_plain_step(case: str) -> None:
+    one, plain = problem(case, CUDA), problem(case, CUDA)
+    step = gradient(one, batch(0, device=CUDA))
+    assert isinstance(step, Captured)
+    for i, N in [(1, 10), (2, 7), (3, 2)]:
+        loss = step(batch(i, device=CUDA), N)
+        plain.net.zero_grad()
+        expected = plain.loss(batch(i, device=CUDA), N)
+        expected.backward()
+        torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-7)
+        with torch.no_grad():
+            for w, v in zip(one.net.parameters(), plain.net.parameters(), strict=True):
+                torch.testing.assert_close(w.grad, v.grad, rtol=1e-4, atol=1e-6)
+                w -= 0.01 * v.grad  # the graph reads weights where they lie
+                v -= 0.01 * v.grad

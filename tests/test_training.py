@@ -1,0 +1,165 @@
+"""Averaged targets and optimisers in real runs, against weights worked out from the snapshots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from studies import read, replaced
+from torch import Tensor, nn
+
+from study import worker
+from study.factors import Adam, RAdam
+from study.models import initial, make_optimizer
+from study.spec import Run
+from study.store import Store, read_lines
+from study.train import train
+from study.weights import load_tensors, snapshot_name
+
+CPU = torch.device("cpu")
+UPDATES = {1: 0.05, 2: 0.1, 3: 0.15, 10: 0.5, 20: 1.0}  # snapshots of 20 updates
+
+
+def trained(
+    folder: Path, sets: tuple[str, ...], *stops: int
+) -> tuple[dict[int, Any], dict[str, Tensor]]:
+    """Snapshots by update, and the first weights, of CT with other factors, stopped and resumed
+    after each number of updates in `stops`."""
+    text = replaced("at: [0.5, 1.0]", f"at: {list(UPDATES.values())}")
+    study = read(folder, text, tuple(f"base.{s}" for s in sets))
+    store = Store(folder / "results", study)
+    run: Run = next(r for r in study.runs if r.recipe.name == "ct" and r.seed == 0)
+    own = store.folders[run.id]
+    own.create(run, {"id": run.id})
+    worker.set_up()
+    dataset = worker.load(run.recipe.factors.data, CPU)
+    for stop in (*stops, None):
+        steps = iter(range(1, 1000))
+        ended = train(run, study.unique, store.folders.__getitem__, dataset, CPU,
+                      lambda stop=stop, steps=steps: next(steps) == stop, {})  # fmt: skip
+        assert ended == (stop is None) and own.file("state.pt").exists() == (not ended)
+    assert [row["step"] for row in read_lines(own.file("steps.jsonl"))] == list(range(1, 21))
+    first = initial(run, study.unique, store.folders.__getitem__, dataset).state_dict()
+    files = {n: load_tensors(own.file(snapshot_name(at))) for n, at in UPDATES.items()}
+    return files, first
+
+
+def close(found: dict[str, Tensor], *parts: tuple[float, dict[str, Tensor]]) -> None:
+    """The weights are this sum of weights."""
+    assert sum(share for share, _ in parts) == pytest.approx(1)
+    for name, value in found.items():
+        expected = sum(share * weights[name].double() for share, weights in parts)
+        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def same(one: object, other: object) -> bool:
+    """Equal trees of tensors, bit for bit."""
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    return one is other is None
+
+
+# --- the averaged target ---
+
+
+@pytest.mark.parametrize("target", [
+    "{kind: ema, mu: 0.5}",
+    "{kind: ema, mu: 0.25, s0: 5}",  # at N = 10: .25^(5 / 10)
+])  # fmt: skip
+def test_target_is_the_average_of_the_weights_it_followed(target: str, tmp_path: Path) -> None:
+    """From w_0 on, half of the way to each new w: (w_0 + w_1) / 2, w_0 / 4 + w_1 / 4 + w_2 / 2."""
+    at, w0 = trained(tmp_path, (f"target={target}",))
+    w1, w2, w3 = (at[n]["raw"] for n in (1, 2, 3))
+    assert not same(w0, w1)
+    close(at[1]["target"], (1 / 2, w0), (1 / 2, w1))
+    close(at[2]["target"], (1 / 4, w0), (1 / 4, w1), (1 / 2, w2))
+    close(at[3]["target"], (1 / 8, w0), (1 / 8, w1), (1 / 4, w2), (1 / 2, w3))
+
+
+def test_targets_decay_is_that_of_the_updates_own_n(tmp_path: Path) -> None:
+    """s0 = 2, s1 = 4: N = 2, then 3 (sqrt(4 + 21 / 20) = 2.2); mu = .5, then .5^(2/3) = .63."""
+    schedule = "discretization={kind: progressive, s0: 2, s1: 4}"
+    at, w0 = trained(tmp_path, ("target={kind: ema, mu: 0.5, s0: 2}", schedule))
+    w1, w2 = at[1]["raw"], at[2]["raw"]
+    close(at[1]["target"], (0.5, w0), (0.5, w1))
+    close(at[2]["target"], (0.31498026, w0), (0.31498026, w1), (0.37003948, w2))
+
+
+def test_target_begins_as_the_student(tmp_path: Path) -> None:
+    """The first update is that of `stopgrad`, the later ones are not."""
+    slow, _ = trained(tmp_path, ("target={kind: ema, mu: 0.9}",))
+    (tmp_path / "plain").mkdir()
+    plain, _ = trained(tmp_path / "plain", ("target=stopgrad",))
+    assert plain[1]["target"] is None
+    assert same(slow[1]["raw"], plain[1]["raw"]) and not same(slow[3]["raw"], plain[3]["raw"])
+    assert not same(slow[3]["raw"], plain[3]["raw"])
+
+
+# --- resuming ---
+
+
+@pytest.mark.parametrize("change", [
+    "target={kind: ema, mu: 0.9}",
+    "target={kind: ema, mu: 0.9, s0: 2}",
+    "optimizer={kind: radam, lr: 1e-2}",
+    "precision=bfloat16",
+    "law=uniform_grid",
+])  # fmt: skip
+def test_a_run_stopped_in_its_middle_goes_on_to_the_same_bits(change: str, tmp_path: Path) -> None:
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole, first = trained(tmp_path / "whole", (change,))
+    cut, _ = trained(tmp_path / "cut", (change,), 4, 3)  # within RAdam's first updates, and after
+    assert same(cut, whole)
+    assert not same(whole[20]["raw"], first) and not same(whole[20]["raw"], whole[10]["raw"])
+    assert (whole[20]["target"] is None) == ("target" not in change)
+    assert all(v.dtype == torch.float32 for v in whole[20]["raw"].values())
+
+
+# --- optimisers ---
+
+
+def moves(optimizer: torch.optim.Optimizer, w: nn.Parameter, gradients: list[float]) -> list:
+    """How far down each gradient in turn takes a weight."""
+    result = []
+    for g in gradients:
+        before = w.item()
+        w.grad = torch.full_like(w, g)
+        optimizer.step()
+        result.append(before - w.item())
+    return result
+
+
+def one_weight() -> tuple[nn.Module, nn.Parameter]:
+    net = nn.Module()
+    net.w = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    return net, net.w
+
+
+def test_radam_is_sgd_with_momentum_for_five_updates_and_then_rectified() -> None:
+    """A constant gradient g: the mean of gradients is g, so five steps of lr g. At update 6
+    rho = 1999 - 12 .999^6 / (1 - .999^6) = 5.994, and the step is lr sign(g) times
+    sqrt(1.994 * 3.994 * 1999 / (1995 * 1997 * 5.994)) = .0258."""
+    net, w = one_weight()
+    found = moves(make_optimizer(RAdam(lr=0.1), net), w, [3.0] * 6)
+    assert found[:5] == pytest.approx([0.3] * 5, rel=1e-6)
+    assert found[5] == pytest.approx(0.00258, rel=2e-3)
+    net, w = one_weight()  # mean of (1, 0) at decays (.9, 1): .09 / .19
+    found = moves(make_optimizer(RAdam(lr=0.1), net), w, [1.0, 0.0])
+    assert found == pytest.approx([0.1, 0.1 * 0.09 / 0.19], rel=1e-6)
+
+
+def test_optimizers_have_the_factors_settings() -> None:
+    net, w = one_weight()
+    for kind, made in [(RAdam, torch.optim.RAdam), (Adam, torch.optim.Adam)]:
+        optimizer = make_optimizer(kind(lr=3e-4, betas=(0.8, 0.95), eps=1e-6), net)
+        assert type(optimizer) is made
+        (group,) = optimizer.param_groups
+        assert (group["lr"], group["betas"], group["eps"]) == (3e-4, (0.8, 0.95), 1e-6)
+        assert group["weight_decay"] == 0 and group["params"] == [w]
+    net, w = one_weight()  # Adam's first step is lr whatever the gradient
+    assert moves(make_optimizer(Adam(lr=0.1), net), w, [3.0]) == pytest.approx([0.1])
