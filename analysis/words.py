@@ -99,8 +99,10 @@ def powers(study: Study, table: pd.DataFrame) -> list[str]:
         seeds = stats.seeds_needed(tables.effect_of(row), margin)
         size = percent_text(margin) if stats.is_log(row.metric) else f"{margin:g}"
         if row.n and row.n < stats.VERDICT_FROM:
+            how = ("This command trains only the new seeds:" if more_seeds(study) else
+                   f"The study plans {row.planned} for this comparison.")
             texts.append(f"A verdict wants {stats.VERDICT_FROM} seeds or more; fewer show "
-                         "effects and their spread. This command trains only the new seeds:")
+                         f"effects and their spread. {how}")
         elif seeds:
             texts.append(f"With the spread seen in {row.cell}, an effect as large as the margin "
                          f"({size}) would need {seeds} seeds to be found with a chance of 80 %.")

@@ -51,9 +51,10 @@ def check_recipe(
             f"{where}.score: analytic needs a known density (mixture, fitted_mixture), not {kind}"
         )
     steps = factors.discretization
-    if isinstance(steps, Progressive) and steps.s0 > steps.s1 + 1:
+    read = "discretization" not in ignored(factors)
+    if read and isinstance(steps, Progressive) and steps.s0 > steps.s1 + 1:
         raise StudyError(
-            f"{where}.discretization: s0 {steps.s0} is above s1 {steps.s1}, so that N would fall"
+            f"{where}.discretization: s0 {steps.s0} is above s1 + 1 = {steps.s1 + 1}: N would fall"
         )
     if isinstance(score, Empirical) and getattr(data, "samples", 1) is None:
         raise StudyError(

@@ -1,7 +1,8 @@
 """The launcher of one machine: runs in an order their sources allow, one process each.
 
 Processes come from a fork server that has loaded torch once. On CPUs there are N workers of one
-thread; on GPUs one run per GPU. The launcher holds no state: it asks the folders.
+thread; on GPUs one run per GPU, or as many as are asked for. The launcher holds no state: it asks
+the folders.
 """
 
 from __future__ import annotations

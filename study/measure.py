@@ -44,7 +44,8 @@ class Snapshot:
         factors = run.recipe.factors
         self.run, self.dataset, self.device = run, dataset, device
         self.sigma = level_range(factors, dataset)
-        self.model = finished(factors, folder, dataset, device, factors.batch, at, ema)
+        rows = min(factors.batch, evaluate.CHUNK)
+        self.model = finished(factors, folder, dataset, device, rows, at, ema)
         self.samples = cache(self._samples)
         self.features = cache(self._features)
 

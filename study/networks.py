@@ -4,8 +4,8 @@ Both take the scaled input c_in x_t and the noise label c_noise = ln(t) / 4 (Kar
 and return a tensor of x's shape; the preconditioning that makes a denoiser or a consistency model
 of F stands in `consistency`. The output layer starts at zero. Dropout masks are a pure function of
 an explicit key, so that student and target share them and a compiled step stays pure. Under
-bfloat16 products are rounded; the weights, the norms' arithmetic and what is outside of F stay
-float32.
+bfloat16 products are rounded; weights and what is outside of F stay float32. The norms are in
+float32 where torch's autocast puts them there: on CUDA, not on a CPU.
 """
 
 from __future__ import annotations

@@ -179,10 +179,11 @@ class Resolver:
         for where, own in self._chain(name, group, f"{key}.{name}"):
             charge = own.pop("charge", charge) or ()
             if "seeds" in own:
-                seeds = self._seeds(own.pop("seeds"), f"{where}.seeds")
-                if extra := set(seeds) - set(self.seeds):
+                given = self._seeds(own.pop("seeds"), f"{where}.seeds")
+                seeds = tuple(s for s in self.seeds if s in given)
+                if not seeds:
                     raise StudyError(
-                        f"{self.file}: {where}.seeds: {min(extra)} is not among the study's "
+                        f"{self.file}: {where}.seeds: {list(given)} has none of the study's "
                         f"{list(self.seeds)}"
                     )
             for path in layered.add(own, where):
@@ -323,10 +324,15 @@ class Resolver:
                         f"{layered.where(key)}: no variant {getattr(primary, key)!r}; "
                         f"{nearest(getattr(primary, key), self.variants)}"
                     )
-            recipe = table[primary.variant, cell]
+            recipe, other = table[primary.variant, cell], table[primary.against, cell]
+            if not set(recipe.seeds) & set(other.seeds):
+                raise StudyError(
+                    f"{layered.where('against')}: {other.name} has seeds {list(other.seeds)} and "
+                    f"{recipe.name} {list(recipe.seeds)}; a comparison needs some that both have"
+                )
             if primary.ema is None:
                 primary = msgspec.structs.replace(primary, ema=recipe.factors.weights_ema[0])
-            for side in (recipe, table[primary.against, cell]):
+            for side in (recipe, other):
                 check_primary(primary, side, layered.where)
             result[cell] = primary
         return result

@@ -177,6 +177,8 @@ def train(
             with torch.no_grad():
                 torch._foreach_lerp_(list(problem.average.parameters()), weights, 1 - mu)
 
+        if spend.images + batch in due and device.type == "cuda":
+            torch.cuda.synchronize(device)  # what is queued is training, not saving
         tick = time.perf_counter()
         spend = spend.plus(batch, per_image, flops, tick - clock)
         if logs:

@@ -253,7 +253,8 @@ def test_a_variant_may_have_fewer_seeds(tmp_path: Path) -> None:
     assert planned == [("edm", 0), ("cd", 0), ("edm", 1), ("ct", 1), ("cd", 1)]
     assert {r.id for r in study.runs} < {r.id for r in read(tmp_path).runs}
     for text, message in (
-        (fewer.replace("[1]}", "[2]}"), "variants.ct.seeds: 2 is not among the study's"),
+        (fewer.replace("[1]}", "[2]}"), r"variants.ct.seeds: \[2\] has none of the study's"),
+        (fewer.replace("run: edm}}", "run: edm}, seeds: [0]}"), "primary.against: cd has seeds"),
         (fewer.replace("[1]}", "[1, 1]}"), "variants.ct.seeds: .* names one twice"),
         (
             replaced("objective: denoising}", "objective: denoising, seeds: [0]}"),
@@ -266,7 +267,7 @@ def test_a_variant_may_have_fewer_seeds(tmp_path: Path) -> None:
 
 def test_a_grid_that_would_shrink_is_refused(tmp_path: Path) -> None:
     text = replaced("{kind: fixed, N: 10}", "{kind: progressive, s0: 20, s1: 10}")
-    with pytest.raises(StudyError, match="discretization: s0 20 is above s1 10"):
+    with pytest.raises(StudyError, match="discretization: s0 20 is above s1 . 1 = 11"):
         read(tmp_path, text)
 
 

@@ -96,7 +96,6 @@ def test_target_begins_as_the_student(tmp_path: Path) -> None:
     plain, _ = trained(tmp_path / "plain", ("target=stopgrad",))
     assert plain[1]["target"] is None
     assert same(slow[1]["raw"], plain[1]["raw"]) and not same(slow[3]["raw"], plain[3]["raw"])
-    assert not same(slow[3]["raw"], plain[3]["raw"])
 
 
 # --- resuming ---
