@@ -53,11 +53,15 @@ def target_decay(target: Ema, N: int) -> float:
     return target.mu if target.s0 is None else target.mu ** (target.s0 / N)
 
 
+def warped(share: Tensor, sigma: Sigma) -> Tensor:
+    """The level at a share in [0, 1] of the way from min to max in sigma^(1/rho)."""
+    low, high = sigma.min ** (1 / sigma.rho), sigma.max ** (1 / sigma.rho)
+    return (low + share * (high - low)) ** sigma.rho
+
+
 def karras(i: Tensor, N: Tensor | int, sigma: Sigma) -> Tensor:
     """Grid point i of N, float64; exactly min at i = 0."""
-    low, high = sigma.min ** (1 / sigma.rho), sigma.max ** (1 / sigma.rho)
-    level = (low + i.double() / (N - 1) * (high - low)) ** sigma.rho
-    return torch.where(i == 0, sigma.min, level)
+    return torch.where(i == 0, sigma.min, warped(i.double() / (N - 1), sigma))
 
 
 def level(law: Law, u: Tensor, sigma: Sigma) -> Tensor:
@@ -72,8 +76,7 @@ def level(law: Law, u: Tensor, sigma: Sigma) -> Tensor:
             normal = torch.special.ndtri(low + u.double() * (high - low))
             return torch.exp(mean + std * normal).clamp(sigma.min, sigma.max)
         case UniformGrid():
-            low, high = sigma.min ** (1 / sigma.rho), sigma.max ** (1 / sigma.rho)
-            return ((low + u.double() * (high - low)) ** sigma.rho).clamp(sigma.min, sigma.max)
+            return warped(u.double(), sigma).clamp(sigma.min, sigma.max)
         case _:
             assert_never(law)
 

@@ -150,9 +150,8 @@ def settings_of(measure: Measure, factors: Factors, role: str) -> Iterator[Setti
         if kind == "kid" and measure.fid:
             plain = {f: getattr(measure.fid, f) if v is None else v for f, v in plain.items()}
         points = plain.pop("at") or measure.at
-        lengths = plain.pop("ema") or factors.weights_ema[:1]
-        if role == "teacher":  # the weights that others read, and no more
-            lengths = factors.weights_ema[:1]
+        asked = plain.pop("ema")  # of variants; of a source, the weights that others read
+        lengths = asked if asked and role == "student" else factors.weights_ema[:1]
         steps = plain.pop("nfe", (1,))
         steps = (HEUN_NFE,) if denoising else steps
         if "extractor" in plain:

@@ -86,10 +86,9 @@ def train(
     averages = [[w.detach().clone() for w in weights] for _ in gammas]
     optimizer = make_optimizer(factors.optimizer, net)
 
-    # Multiply-adds of one step, counted on a real one; gradients are dropped again.
+    # Multiply-adds of one step, counted on a real one.
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
         problem.loss(draws(0, batch), 2).backward()
-    optimizer.zero_grad()
     flops = float(counter.get_total_flops())
 
     # Resume from the last state, the log rewound to it.
@@ -157,7 +156,7 @@ def train(
     ]
     every = math.ceil(budget / batch / LOG_ROWS)
     per_image = passes(factors)
-    step = gradient(problem, draws(spend.images, batch)) if spend.images < budget else None
+    step = gradient(problem, draws(0, batch))  # drops the gradients of the count above
     saved = clock = time.perf_counter()
     while spend.images < budget:
         N = schedules.grid_points(factors.discretization, spend.images / budget)
