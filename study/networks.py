@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from study import factors, seeds
+from study import factors, noise, seeds
 
 MAX_CHANNELS_FACTOR = 2  # channels double once below the first resolution
 
@@ -32,22 +32,12 @@ def embed(c_noise: Tensor, width: int) -> Tensor:
 def dropout(h: Tensor, p: float, key: Tensor | None, layer: int) -> Tensor:
     """Inverted dropout whose mask is a hash of (key, layer, position); no key, no dropout.
 
-    key: int64 scalar below 2^31. The hash is a 32-bit finaliser (xor-shift, multiply, three
-    rounds). Key and layer enter after the first round: added to the position, they would only
-    shift one and the same mask.
+    key: int64 scalar below 2^31.
     """
     if key is None or p == 0:
         return h
-    position = torch.arange(h.numel(), device=h.device).view(h.shape)
-    word = _mixed(position, 0x7FEB352D) ^ key ^ (layer * 0x9E3779B1 & 0xFFFFFFFF)
-    for multiplier in (0x45D9F3B, 0x31848BAB):
-        word = _mixed(word, multiplier)
+    word = noise.words(key, layer, h.shape)
     return h * (word >= int(p * 2**32)) / (1 - p)
-
-
-def _mixed(word: Tensor, multiplier: int) -> Tensor:
-    """One round of the hash. Multipliers stay below 2^31: the product then fits in int64."""
-    return ((word ^ (word >> 16)) * multiplier) & 0xFFFFFFFF
 
 
 class Network(nn.Module):
