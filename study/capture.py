@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from study.consistency import Function, Problem
+from study.consistency import Function
 from study.data import Batch
+from study.losses import Problem
 
 WARM_UP = 3  # steps before the capture, in which kernels are compiled and workspaces made
 
-Gradient = Callable[[Batch, int], Tensor]  # leaves d loss / d w in w.grad, returns the loss
+Gradient = Callable[[Batch, float, float], Tensor]  # leaves d loss / d w in w.grad, returns the loss
 
 
 def compiled(net: nn.Module, device: torch.device) -> nn.Module:
@@ -49,9 +50,9 @@ def gradient(problem: Problem, example: Batch) -> Gradient:
     if example.x.device.type == "cuda":
         return Captured(problem, example)
 
-    def plain(batch: Batch, N: int) -> Tensor:
+    def plain(batch: Batch, N: float, progress: float) -> Tensor:
         problem.net.zero_grad()
-        loss = problem.loss(batch, N)
+        loss = problem.loss(batch, N, progress)
         loss.backward()
         return loss.detach()
 
@@ -64,25 +65,28 @@ class Captured:
 
     def __init__(self, problem: Problem, example: Batch) -> None:
         self.batch = Batch(*(getattr(example, f.name).clone() for f in fields(Batch)))
-        self.N = torch.tensor(2.0, dtype=torch.float64, device=example.x.device)
+        self.N, self.progress = (
+            torch.tensor(value, dtype=torch.float64, device=example.x.device) for value in (2, 1)
+        )
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
                 problem.net.zero_grad()
-                problem.loss(self.batch, self.N).backward()
+                problem.loss(self.batch, self.N, self.progress).backward()
         torch.cuda.current_stream().wait_stream(stream)
         problem.net.zero_grad()  # to None: the capture then makes gradients of its own
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            loss = problem.loss(self.batch, self.N)
+            loss = problem.loss(self.batch, self.N, self.progress)
             loss.backward()
         self.loss = loss.detach()
 
-    def __call__(self, batch: Batch, N: int) -> Tensor:
+    def __call__(self, batch: Batch, N: float, progress: float) -> Tensor:
         """The loss (scalar); nothing waits for the GPU."""
         for f in fields(Batch):
             getattr(self.batch, f.name).copy_(getattr(batch, f.name))
         self.N.fill_(N)
+        self.progress.fill_(progress)
         self.graph.replay()
         return self.loss

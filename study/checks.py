@@ -8,15 +8,32 @@ from study.budget import snapshot_images
 from study.errors import StudyError, nearest
 from study.factors import (
     Analytic,
+    Blend,
     Consistency,
+    Continuous,
     Data,
     Denoising,
+    DenoisingHead,
+    EctMapping,
     Empirical,
     Factors,
     FittedMixture,
+    FixedPoint,
+    Frozen,
+    FromRun,
+    Heun,
+    Images,
+    KSample,
     Mixture,
+    Own,
+    PosteriorK,
     Progressive,
+    Score,
+    SingleSample,
     Unet,
+    Windowed,
+    deterministic,
+    endless,
     ignored,
     references,
 )
@@ -24,12 +41,16 @@ from study.settings import Measure, extractor_identity, settings_of, snapshot_po
 from study.spec import Primary, Recipe
 
 HELD_OUT = {"digits": 400, "fashion_mnist": 10_000}  # the smaller part of each image data set
+TRAIN = {"digits": 997, "fashion_mnist": 50_000}
 NEEDS = {
     "fid": "images",
     "kid": "images",
     "sliced_wasserstein": "a mixture of vectors",
     "mode_mass": "a mixture of vectors",
     "map_error": "a mixture or fitted_mixture, whose exact map is known",
+    "memorisation": "finite images",
+    "coverage": "images with an extractor",
+    "pushforward": "endless one-dimensional data",
 }
 
 Where = Callable[[str], str]  # file and key path, as written, of a key
@@ -46,20 +67,14 @@ def check_recipe(
         check_mixture(data, where)
         if isinstance(factors.network, Unet):
             raise StudyError(f"{where}.network: a unet needs images; use mlp on a {kind}")
-    elif isinstance(score, Analytic) and not isinstance(data, FittedMixture):
-        raise StudyError(
-            f"{where}.score: analytic needs a known density (mixture, fitted_mixture), not {kind}"
-        )
+    if score:
+        check_score(score, factors, f"{where}.score")
+    check_objective(factors, where)
     steps = factors.discretization
     read = "discretization" not in ignored(factors)
     if read and isinstance(steps, Progressive) and steps.s0 > steps.s1 + 1:
         raise StudyError(
             f"{where}.discretization: s0 {steps.s0} is above s1 + 1 = {steps.s1 + 1}: N would fall"
-        )
-    if isinstance(score, Empirical) and getattr(data, "samples", 1) is None:
-        raise StudyError(
-            f"{where}.score: empirical needs finite data; give the mixture `samples` or use the "
-            "analytic score"
         )
     if isinstance(factors.objective, Denoising) and recipe.role == "student":
         raise StudyError(
@@ -77,8 +92,10 @@ def check_recipe(
             f"{where}: measure.at: {sorted(points)} name the same update, or agree to three "
             f"decimals; {images} images are {images // factors.batch} updates"
         )
+    for name in dict.fromkeys(n for settings in asked for n in settings.consults):
+        check_reference(factors, f"{where}: measure", "score", name, sources, variants)
     for settings in asked:
-        if settings.record["ema"] not in factors.weights_ema:
+        if settings.record["ema"] not in (*factors.weights_ema, "raw"):
             raise StudyError(
                 f"{where}: measure asks for ema {settings.record['ema']}; weights_ema is "
                 f"{list(factors.weights_ema)}"
@@ -102,11 +119,19 @@ def check_reference(
     if name not in sources:
         raise StudyError(f"{where}: no source {name!r}; {nearest(name, sources)}")
     source = sources[name].factors
-    wanted = {"score": Denoising, "target": Consistency}.get(factor)
-    if wanted and not isinstance(source.objective, wanted):
+    top = factor.split(".")[0]
+    denoising = (Denoising, "denoising")
+    wanted = {
+        "score": denoising,
+        "auxiliary": denoising,
+        "target": (Consistency | Continuous, "consistency"),
+    }.get(top)
+    if isinstance(source.objective, FixedPoint):
+        raise StudyError(f"{where}: {name!r} is a fixed point; it has no weights to read")
+    if wanted and not isinstance(source.objective, wanted[0]):
         raise StudyError(
             f"{where}: {name!r} is trained by {source.objective.__struct_config__.tag}; "
-            f"{wanted.__struct_config__.tag} expected"
+            f"{wanted[1]} expected"
         )
     if source.data != factors.data:
         raise StudyError(f"{where}: {name!r} is trained on other data")
@@ -114,6 +139,91 @@ def check_reference(
         raise StudyError(f"{where}: {name!r} is trained on other noise levels (sigma)")
     if factor == "init" and source.network != factors.network:
         raise StudyError(f"{where}: {name!r} has another network; weights can't be copied")
+
+
+def check_score(score: Score, factors: Factors, where: str) -> None:
+    """The score has what it needs: a teacher, finite data, a known density."""
+    data = factors.data
+    kind, unknown = data.__struct_config__.tag, not isinstance(data, Mixture | FittedMixture)
+    match score:
+        case Analytic() if unknown:
+            raise StudyError(
+                f"{where}: analytic needs a known density (mixture, fitted_mixture), not {kind}"
+            )
+        case Empirical() if endless(data):
+            raise StudyError(
+                f"{where}: empirical needs finite data; give the mixture `samples` or use the "
+                "analytic score"
+            )
+        case KSample() if endless(data):
+            raise StudyError(
+                f"{where}: k_sample draws references from a finite training set; give the mixture "
+                "`samples`, or use posterior_k, which has no bias"
+            )
+        case KSample(n=n) if n > references_in(data):
+            raise StudyError(
+                f"{where}: n = {n} references, of {references_in(data)} training points; use "
+                "score: empirical for all of them"
+            )
+        case Blend(alpha=alpha, run=None) if alpha != 1:
+            raise StudyError(
+                f"{where}: blend needs `run`, the denoiser that (1 - alpha) = {1 - alpha:g} of the "
+                "mean comes from; alpha: 1 needs none"
+            )
+        case Blend(alpha=1, run=str(run)):
+            raise StudyError(f"{where}: at alpha = 1 the denoiser {run!r} is never read; drop `run`")
+        case Own():
+            head = factors.auxiliary
+            if not isinstance(head, DenoisingHead) or isinstance(head.labels, FromRun):
+                raise StudyError(
+                    f"{where}: own reads the student's own denoising head; add auxiliary: "
+                    "denoising_head, with labels: data"
+                )
+        case Windowed(inside=inside, outside=outside, t_low=low, t_high=high):
+            sigma = factors.sigma
+            if not low < high or high <= sigma.min or low >= sigma.max:
+                raise StudyError(
+                    f"{where}: the window ({low:g}, {high:g}] holds no level of "
+                    f"[{sigma.min:g}, {sigma.max:g}]"
+                )
+            check_score(inside, factors, f"{where}.inside")
+            check_score(outside, factors, f"{where}.outside")
+    heun = isinstance(factors.solver, Heun) and "solver" not in ignored(factors)
+    if heun and not deterministic(score) and not isinstance(score, SingleSample):
+        raise StudyError(
+            f"{where}: heun asks for the slope twice, and a {score.__struct_config__.tag} with "
+            "noise would draw twice; use solver: euler"
+        )
+
+
+def references_in(data: Data) -> int:
+    """How many training points there are; for a folder of images nobody knows before reading."""
+    if isinstance(data, Mixture | FittedMixture):
+        return data.samples
+    return TRAIN.get(data.__struct_config__.tag, 1_000_000)
+
+
+def check_objective(factors: Factors, where: str) -> None:
+    """What the objective can't be combined with."""
+    data, solver = factors.data, factors.solver
+    if isinstance(factors.objective, Continuous) and isinstance(factors.target, Frozen):
+        raise StudyError(f"{where}.target: the continuous objective has its own target; drop it")
+    if not isinstance(factors.objective, FixedPoint):
+        return
+    kinds = SingleSample | PosteriorK | Analytic
+    if not isinstance(data, Mixture) or len(data.means[0]) != 1 or data.samples:
+        raise StudyError(
+            f"{where}.objective: fixed_point needs endless one-dimensional data: a mixture with "
+            "means of one number and no `samples`"
+        )
+    if not isinstance(factors.score, kinds):
+        raise StudyError(
+            f"{where}.score: a fixed point is known for single_sample, posterior_k and analytic"
+        )
+    if isinstance(factors.discretization, EctMapping) or isinstance(solver, Heun) and isinstance(
+        factors.score, PosteriorK
+    ):
+        raise StudyError(f"{where}: a fixed point is known on a grid of N points, with euler")
 
 
 def check_mixture(data: Mixture, where: str) -> None:
@@ -131,28 +241,37 @@ def check_measure(measure: Measure, factors: Factors, where: Where) -> None:
     """Metrics fit the kind of data, the extractor its domain, the samples the references."""
     data = factors.data
     kind = data.__struct_config__.tag
-    offered = {"sliced_wasserstein", "mode_mass"} if isinstance(data, Mixture) else {"fid", "kid"}
-    if isinstance(data, Mixture | FittedMixture):
+    offered = {*measure.__struct_fields__} - {*NEEDS}
+    if isinstance(data, Mixture):
+        line = len(data.means[0]) == 1 and data.samples is None
+        offered |= {"sliced_wasserstein", "mode_mass", "map_error", *(["pushforward"] * line)}
+    else:
+        offered |= set() if isinstance(data, Images) else {"fid", "kid", "coverage"}
+    if isinstance(data, FittedMixture):
         offered.add("map_error")
+    if not isinstance(data, Mixture) and not endless(data):
+        offered.add("memorisation")
     for metric, needs in NEEDS.items():
         if getattr(measure, metric) and metric not in offered:
             raise StudyError(f"{where(metric)}: {metric} needs {needs}; the data are {kind}")
-    for metric in ("fid", "kid", "sliced_wasserstein", "mode_mass"):
+    for metric in measure.__struct_fields__:
         mid = getattr(getattr(measure, metric), "mid", None)
         if mid is not None and not factors.sigma.min < mid < factors.sigma.max:
             raise StudyError(f"{where(f'{metric}.mid')}: {mid} is not between sigma's min and max")
-    if measure.kid and not measure.fid and None in (measure.kid.extractor, measure.kid.samples):
-        raise StudyError(f"{where('kid')}: needs extractor and samples, or a fid")
     real = data.of.__struct_config__.tag if isinstance(data, FittedMixture) else kind
-    for metric in ("fid", "kid"):
+    for metric in ("fid", "kid", "coverage"):
         ask = getattr(measure, metric)
+        if ask and not measure.fid and None in (ask.extractor, ask.samples):
+            raise StudyError(f"{where(metric)}: needs extractor and samples, or a fid")
         if ask and ask.extractor and not ask.extractor.startswith(f"{real}-"):
             raise StudyError(f"{where(metric)}: {ask.extractor} is not an extractor for {real}")
         if ask and ask.extractor:
             extractor_identity(ask.extractor, where(f"{metric}.extractor"))
+    for metric in ("fid", "kid", "coverage", "memorisation"):
+        ask = getattr(measure, metric)
         if ask and ask.samples and ask.samples > references_of(data):
             raise StudyError(
-                f"{where(metric)}: {ask.samples} samples; FID and KID compare equal numbers, and "
+                f"{where(metric)}: {ask.samples} samples; it compares equal numbers, and "
                 f"{kind} has {references_of(data)} images to compare with"
             )
 
@@ -161,7 +280,7 @@ def references_of(data: Data) -> int:
     """How many images of one part, training or held out, there are to compare with at least."""
     if isinstance(data, FittedMixture):
         return min(data.held_out, data.samples or data.held_out)
-    return HELD_OUT[data.__struct_config__.tag]
+    return HELD_OUT.get(data.__struct_config__.tag, 1_000_000)
 
 
 def check_primary(primary: Primary, recipe: Recipe, where: Where) -> None:

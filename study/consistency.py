@@ -1,42 +1,35 @@
-"""Denoisers, consistency models and their losses.
+"""Denoisers, consistency models, and the parts of their losses.
 
 Denoiser (Karras et al. 2022):     D(x, t) = c_skip x + c_out F(c_in x, ln(t) / 4),
     c_skip = s^2 / (t^2 + s^2),    c_out = t s / sqrt(t^2 + s^2),    c_in = 1 / sqrt(t^2 + s^2).
 Consistency model (Song et al. 2023, appendix C): the same F and c_in with
     c_skip = s^2 / ((t - e)^2 + s^2),    c_out = s (t - e) / sqrt(t^2 + s^2),
 so that f(x, e) = x exactly at e = sigma_min. s is sigma_data.
-
-Loss: L = E[w(t, r) d(f(x_t, t), f^-(x_r, r))] with x_t = x + t z and x_r one solver step from x_t
-to r along the slope (x_t - D^) / t; with D^ = x that is x + r z, consistency training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import assert_never
 
 import torch
 from torch import Tensor, nn
 
-from study import schedules
-from study.data import Batch
 from study.factors import (
+    L1,
     L2,
-    Denoising,
     Distance,
+    Edm,
     Euler,
-    Factors,
-    Frozen,
     Heun,
     InverseStep,
+    L2Norm,
     PseudoHuber,
     Sigma,
     Solver,
     Uniform,
     Weighting,
 )
-from study.scores import Knowledge, estimate
 
 Function = Callable[[Tensor, Tensor], Tensor]
 
@@ -46,25 +39,40 @@ def along(level: Tensor, x: Tensor) -> Tensor:
     return level.view(-1, *(1,) * (x.ndim - 1))
 
 
+def denoised(F: Tensor, x_t: Tensor, t: Tensor, sigma: Sigma) -> Tensor:
+    """D (B, ...) of the network's output F at x_t."""
+    s, level = sigma.data, along(t, x_t)
+    c_in = (level.square() + s * s).rsqrt()
+    return (s * s * c_in.square()) * x_t + (level * s * c_in) * F
+
+
 def denoiser(
     net: nn.Module, x_t: Tensor, t: Tensor, sigma: Sigma, key: Tensor | None = None
 ) -> Tensor:
     """D(x_t, t) (B, ...), with EDM's preconditioning."""
+    return denoised(net(scaled(x_t, t, sigma), t.log() / 4, key), x_t, t, sigma)
+
+
+def scaled(x_t: Tensor, t: Tensor, sigma: Sigma) -> Tensor:
+    """c_in x_t (B, ...), the network's input."""
+    return x_t * (along(t, x_t).square() + sigma.data**2).rsqrt()
+
+
+def skipped(F: Tensor, x_t: Tensor, t: Tensor, sigma: Sigma) -> Tensor:
+    """f (B, ...) of the network's output F at x_t."""
     s, level = sigma.data, along(t, x_t)
+    above = level - sigma.min
     c_in = (level.square() + s * s).rsqrt()
-    return (s * s * c_in.square()) * x_t + (level * s * c_in) * net(c_in * x_t, t.log() / 4, key)
+    # = s^2 / (above^2 + s^2), in a form that is exactly 1 where above = 0, for any s
+    c_skip = 1 / (1 + (above / s).square())
+    return c_skip * x_t + (s * above * c_in) * F
 
 
 def consistency(
     net: nn.Module, x_t: Tensor, t: Tensor, sigma: Sigma, key: Tensor | None = None
 ) -> Tensor:
     """f(x_t, t) (B, ...); returns x_t itself, bit for bit, at t = sigma_min."""
-    s, level = sigma.data, along(t, x_t)
-    above = level - sigma.min
-    c_in = (level.square() + s * s).rsqrt()
-    # = s^2 / (above^2 + s^2), in a form that is exactly 1 where above = 0, for any s
-    c_skip = 1 / (1 + (above / s).square())
-    return c_skip * x_t + (s * above * c_in) * net(c_in * x_t, t.log() / 4, key)
+    return skipped(net(scaled(x_t, t, sigma), t.log() / 4, key), x_t, t, sigma)
 
 
 def solver_step(solver: Solver, slope: Function, x_t: Tensor, t: Tensor, r: Tensor) -> Tensor:
@@ -82,69 +90,30 @@ def solver_step(solver: Solver, slope: Function, x_t: Tensor, t: Tensor, r: Tens
 
 def distance(kind: Distance, a: Tensor, b: Tensor) -> Tensor:
     """d(a, b) per row (B,)."""
-    squared = (a - b).square().flatten(1).sum(1)
+    apart = (a - b).flatten(1)
     match kind:
         case L2():
-            return squared / a[0].numel()
+            return apart.square().mean(1)
         case PseudoHuber(c0=c0):
-            c = c0 * a[0].numel() ** 0.5
+            c, squared = c0 * a[0].numel() ** 0.5, apart.square().sum(1)
             # = sqrt(squared + c^2) - c, without its cancellation where squared << c^2
             return squared / ((squared + c * c).sqrt() + c)
+        case L2Norm():
+            return torch.linalg.vector_norm(apart, dim=1)  # its gradient at 0 is 0, not nan
+        case L1():
+            return apart.abs().mean(1)
         case _:
             assert_never(kind)
 
 
-def weight(kind: Weighting, t: Tensor, r: Tensor) -> Tensor:
+def weight(kind: Weighting, t: Tensor, r: Tensor, sigma: Sigma) -> Tensor:
     """w(t, r) (B,)."""
     match kind:
         case InverseStep():
             return 1 / (t - r)
         case Uniform():
             return torch.ones_like(t)
+        case Edm():
+            return (t.square() + sigma.data**2) / (t * sigma.data).square()
         case _:
             assert_never(kind)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """All that a loss reads besides the batch: the student, what the score knows, a target that
-    is not the student itself (its running average, or a frozen model)."""
-
-    factors: Factors
-    sigma: Sigma  # with sigma_data filled in
-    net: nn.Module
-    known: Knowledge = Knowledge()
-    frozen: Function | None = None
-    average: nn.Module | None = None
-
-    def loss(self, batch: Batch, N: Tensor | int) -> Tensor:
-        """The mean loss (scalar) of one batch; N grid points."""
-        return self.losses(batch, N).mean()
-
-    def losses(self, batch: Batch, N: Tensor | int) -> Tensor:
-        """The loss of each row (B,)."""
-        f, sigma, x, key = self.factors, self.sigma, batch.x, batch.key
-        if isinstance(f.objective, Denoising):
-            t = schedules.level(f.law, batch.u, sigma).float()
-            error = denoiser(self.net, x + along(t, x) * batch.z, t, sigma, key) - x
-            # EDM's weighting (t^2 + s^2) / (t s)^2 makes the loss of F uniform over t
-            edm = (t.square() + sigma.data**2) / (t * sigma.data).square()
-            return edm * error.square().flatten(1).sum(1)
-        if isinstance(f.target, Frozen):
-            # no step to divide by: the difference is not O(t - r), so the weight is 1
-            t = schedules.level(f.law, batch.u, sigma).float()
-            x_t = x + along(t, x) * batch.z
-            with torch.no_grad():
-                target = self.frozen(x_t, t)
-            return distance(f.distance, consistency(self.net, x_t, t, sigma, key), target)
-        r, t = schedules.pair(f.law, batch.u, N, sigma)
-        x_t = x + along(t, x) * batch.z
-
-        def slope(y: Tensor, s: Tensor) -> Tensor:
-            return (y - estimate(f.score, self.known, x, y, s)) / along(s, y)
-
-        with torch.no_grad():
-            x_r = solver_step(f.solver, slope, x_t, t, r)
-            target = consistency(self.average or self.net, x_r, r, sigma, key)  # same dropout mask
-        student = consistency(self.net, x_t, t, sigma, key)
-        return weight(f.weighting, t, r) * distance(f.distance, student, target)

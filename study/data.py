@@ -85,6 +85,11 @@ def load(data: factors.Data) -> Dataset:
 
             parts = fashion_mnist.split(None if root is None else Path(root))
             return _images(parts["train"][0], parts["held_out"][0])
+        case factors.Images(root=root, held_out=held_out):
+            from study import folder
+
+            parts = folder.load(Path(root), held_out)
+            return _images(parts["train"][0], parts["held_out"][0])
         case factors.Mixture():
             return _mixture(data)
         case factors.FittedMixture():
@@ -177,13 +182,14 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Batch:
-    """What the step reads: clean x (B, ...), noise z, uniform u (B,) for the time, dropout's
-    key."""
+    """What the step reads: clean x (B, ...), noise z, uniform u (B,) for the time, and the keys of
+    dropout's mask and of the score estimate's own randomness."""
 
     x: Tensor
     z: Tensor
     u: Tensor
-    key: Tensor
+    mask: Tensor
+    draw: Tensor
 
 
 class Draws:
@@ -234,10 +240,15 @@ class Draws:
             if train is None
             else to_float(train[self._indices(start, count)])
         )
-        key = seeds.number(*self.address, "mask", start) % 2**31  # filled in: no wait for a copy
+
+        def key(stream: str) -> Tensor:
+            number = seeds.number(*self.address, stream, start) % 2**31
+            return torch.full((), number, device=self.device)  # filled in: no wait for a copy
+
         return Batch(
             x,
             self.z.take(start, count),
             self.u.take(start, count),
-            torch.full((), key, device=self.device),
+            key("mask"),
+            key("draw"),
         )

@@ -47,6 +47,14 @@ class FashionMnist(Kind, frozen=True, tag="fashion_mnist"):
     root: str | None = None
 
 
+class Images(Kind, frozen=True, tag="images"):
+    """A folder or .zip of square images of one size, grey or RGB, read from `root`; train/ and
+    test/ in it are the parts, else `held_out` of them are set aside."""
+
+    root: str
+    held_out: Count | None = None
+
+
 class Mixture(Kind, frozen=True, tag="mixture"):
     """A Gaussian mixture sum_k w_k N(m_k, s_k^2 I) of any dimension, its density known.
 
@@ -103,6 +111,23 @@ class Denoising(Kind, frozen=True, tag="denoising"):
     """EDM's denoising score matching, E[w |D(x_t, t) - x|^2]."""
 
 
+class Continuous(Kind, frozen=True, tag="continuous"):
+    """sCM (Lu & Song 2024): the consistency loss's gradient at r -> t, by forward differentiation
+    of the model along dx/dt = (x_t - D^) / t, in float32. With D^ = x it is sCT, else sCD.
+
+    warm_up: share of the budget over which the tangent's second half grows in; c: the tangent g
+    enters as g / (|g| + c).
+    """
+
+    warm_up: Annotated[float, Meta(ge=0, le=1)] = 0.025
+    c: Positive = 0.1
+
+
+class FixedPoint(Kind, frozen=True, tag="fixed_point"):
+    """The oracle, on a one-dimensional mixture: what the loss would converge to, computed and not
+    trained. CT by dynamic programming over the grid, CD by composing its solver's steps."""
+
+
 class SingleSample(Kind, frozen=True, tag="single_sample"):
     """D^ = x: consistency training. Unbiased given x_t, covariance Cov[x | x_t]."""
 
@@ -121,14 +146,82 @@ class Analytic(Kind, frozen=True, tag="analytic"):
     """D^ = E[x | x_t] under the known population density. No variance, no bias."""
 
 
-class Random(Kind, frozen=True, tag="random"):
-    """Weights addressed by (seed, role, parameter name)."""
+class Blend(Kind, frozen=True, tag="blend"):
+    """D^ = (1 - alpha) D_phi + alpha D_ref + beta (x - D_ref): mean and noise, set apart. D_ref is
+    the posterior mean E[x | x_t] of what x is drawn from: the training set, or endless data.
+
+    CD is (0, 0), CT (1, 1), the exact score (1, 0), noisy CD (0, 1). run: the denoiser D_phi, not
+    needed at alpha = 1. residual: `posterior`, x - D_ref itself, or `gaussian`, normal noise of
+    its covariance, which never jumps between images.
+    """
+
+    alpha: Annotated[float, Meta(ge=-10, le=10)]
+    beta: Annotated[float, Meta(ge=-10, le=10)]
+    run: Name | None = None
+    residual: Literal["posterior", "gaussian"] = "posterior"
+
+
+class KSample(Kind, frozen=True, tag="k_sample"):
+    """D^ = the self-normalised mean over n references, x itself and n - 1 drawn from the training
+    set (STF, Xu et al. 2023). shared: one set of references for the whole batch, whose noise is
+    then common to its rows."""
+
+    n: Annotated[int, Meta(ge=1, le=1_000_000)]
+    shared: bool = False
+
+
+class PosteriorK(Kind, frozen=True, tag="posterior_k"):
+    """D^ = the mean of k exact draws from the posterior, x one of them: averaged inside the step.
+    Mean E[x | x_t], covariance Cov[x | x_t] / k."""
+
+    k: Annotated[int, Meta(ge=1, le=10_000)]
+
+
+class Own(Kind, frozen=True, tag="own"):
+    """D^ = (1 - a) x + a D_own: D_own is the student's own denoising head under an average of its
+    weights (decay mu), without gradient; a grows from 0 to 1 over the share `ramp` of training.
+    Needs the auxiliary head."""
+
+    mu: Decay = 0.999
+    ramp: Share = 0.1
+
+
+Inner = SingleSample | Teacher | Empirical | Analytic | Blend | KSample | PosteriorK
+
+
+class Windowed(Kind, frozen=True, tag="windowed"):
+    """One score for t in (t_low, t_high], another outside of it."""
+
+    inside: Inner
+    outside: Inner
+    t_low: Annotated[float, Meta(ge=0, le=1e6)]
+    t_high: Noise
 
 
 class FromRun(Kind, frozen=True, tag="run"):
     """Weights of a source of the same block, its first EMA."""
 
     run: Name
+
+
+class NoHead(Kind, frozen=True, tag="none"):
+    """No auxiliary loss."""
+
+
+class FromData(Kind, frozen=True, tag="data"):
+    """Labels x, the clean image."""
+
+
+class DenoisingHead(Kind, frozen=True, tag="denoising_head"):
+    """A second head D on the student's trunk, trained beside f (never through it) on EDM's
+    denoising loss per dimension, times `weight`. labels: the data, or a source's D_phi(x_t, t)."""
+
+    weight: Positive = 1.0
+    labels: FromData | FromRun = FromData()
+
+
+class Random(Kind, frozen=True, tag="random"):
+    """Weights addressed by (seed, role, parameter name)."""
 
 
 class Stopgrad(Kind, frozen=True, tag="stopgrad"):
@@ -186,6 +279,16 @@ class Progressive(Kind, frozen=True, tag="progressive"):
     s1: Steps = 150
 
 
+class EctMapping(Kind, frozen=True, tag="ect"):
+    """ECT: no grid; r = t (1 - q^-(s + 1) n(t)), n(t) = 1 + k sigmoid(-b t), not below sigma_min,
+    at stage s of `stages`, equal shares of training (Geng et al. 2024)."""
+
+    q: Annotated[float, Meta(gt=1, le=10_000)] = 2.0
+    k: Annotated[float, Meta(ge=0, le=1000)] = 8.0
+    b: Annotated[float, Meta(ge=0, le=1000)] = 1.0
+    stages: Annotated[int, Meta(ge=1, le=64)] = 8
+
+
 class UniformGrid(Kind, frozen=True, tag="uniform_grid"):
     """CM: uniform in sigma^(1/rho) on [sigma_min, sigma_max], so that every interval of the grid
     is as likely. Where nothing is discretised t is sigma itself."""
@@ -199,12 +302,28 @@ class LognormalGrid(Kind, frozen=True, tag="lognormal_grid"):
     P_std: Annotated[float, Meta(ge=0.01, le=100)] = 2.0
 
 
+class LogUniform(Kind, frozen=True, tag="log_uniform"):
+    """ln sigma uniform on [sigma_min, sigma_max]; on a grid as for the others."""
+
+
 class InverseStep(Kind, frozen=True, tag="inverse_step"):
     """w = 1 / (t - r)."""
 
 
 class Uniform(Kind, frozen=True, tag="uniform"):
     """w = 1."""
+
+
+class Edm(Kind, frozen=True, tag="edm"):
+    """w = (t^2 + s^2) / (t s)^2, s = sigma_data: EDM's weight of a denoising loss."""
+
+
+class L1(Kind, frozen=True, tag="l1"):
+    """sum |a - b| / d, the mean over dimensions."""
+
+
+class L2Norm(Kind, frozen=True, tag="l2_norm"):
+    """|a - b|, not squared: pseudo_huber at c = 0 (ECT on CIFAR-10)."""
 
 
 class L2(Kind, frozen=True, tag="l2"):
@@ -249,17 +368,18 @@ class Sigma(Value, frozen=True):
     data: Positive | None = None
 
 
-Data = Digits | FashionMnist | Mixture | FittedMixture
+Data = Digits | FashionMnist | Images | Mixture | FittedMixture
 Network = Mlp | Unet
-Objective = Consistency | Denoising
-Score = SingleSample | Teacher | Empirical | Analytic
+Objective = Consistency | Denoising | Continuous | FixedPoint
+Score = SingleSample | Teacher | Empirical | Analytic | Blend | KSample | PosteriorK | Windowed | Own
 Init = Random | FromRun
 Target = Stopgrad | Ema | Frozen
 Solver = Euler | Heun
-Discretization = Fixed | Doubling | Progressive
-Law = LognormalGrid | UniformGrid
-Weighting = InverseStep | Uniform
-Distance = L2 | PseudoHuber
+Discretization = Fixed | Doubling | Progressive | EctMapping
+Law = LognormalGrid | UniformGrid | LogUniform
+Weighting = InverseStep | Uniform | Edm
+Distance = L2 | PseudoHuber | L2Norm | L1
+Auxiliary = NoHead | DenoisingHead
 Optimizer = Adam | RAdam
 
 
@@ -271,6 +391,7 @@ class Factors(Value, frozen=True):
     budget: Budget
     objective: Objective = Consistency()
     score: Score = SingleSample()
+    repeat: Annotated[int, Meta(ge=1, le=1000)] = 1
     init: Init = Random()
     target: Target = Stopgrad()
     solver: Solver = Euler()
@@ -278,6 +399,7 @@ class Factors(Value, frozen=True):
     law: Law = LognormalGrid()
     weighting: Weighting = InverseStep()
     distance: Distance = PseudoHuber()
+    auxiliary: Auxiliary = NoHead()
     dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     optimizer: Optimizer = Adam()
     batch: Annotated[int, Meta(ge=1, le=1_000_000)] = 128
@@ -289,16 +411,57 @@ class Factors(Value, frozen=True):
     data_stream: Annotated[int, Meta(ge=0, le=2**31)] = 0
 
 
+def deterministic(score: Score) -> bool:
+    """Whether D^ is a function of x_t and t alone: no variance given x_t."""
+    match score:
+        case Teacher() | Empirical() | Analytic():
+            return True
+        case Blend(beta=beta):
+            return beta == 0
+        case Windowed(inside=inside, outside=outside):
+            return deterministic(inside) and deterministic(outside)
+        case _:
+            return False
+
+
+def endless(data: Data) -> bool:
+    """Whether every x is a fresh draw of a known population."""
+    return isinstance(data, Mixture | FittedMixture) and data.samples is None
+
+
+def plain_score(score: Score, data: Data) -> Score:
+    """The same estimate in fewest words."""
+    match score:
+        case Blend(alpha=1, beta=1, residual="posterior") | PosteriorK(k=1) | KSample(n=1):
+            return SingleSample()
+        case Blend(alpha=0, beta=0, run=str(run)):
+            return Teacher(run=run)
+        case Blend(alpha=1, beta=0):
+            return Analytic() if endless(data) else Empirical()
+        case Blend(beta=0, residual="gaussian"):
+            return replace(score, residual="posterior")
+        case Windowed(inside=inside, outside=outside):
+            inside, outside = plain_score(inside, data), plain_score(outside, data)
+            return inside if inside == outside else replace(score, inside=inside, outside=outside)
+        case _:
+            return score
+
+
 def simplest(factors: Factors) -> Factors:
     """The same training in fewest words, so that what means the same is one run.
 
-    A Heun step with D^ = x is an Euler step; an average that forgets everything is the student;
-    one std stands for equal ones, no weights for equal.
+    A Heun step with D^ = x is an Euler step, losses of equal targets are one loss; an average
+    that forgets everything is the student; one std stands for equal ones, no weights for equal.
     """
     if isinstance(factors.target, Ema) and factors.target.mu == 0:
         factors = replace(factors, target=Stopgrad())
-    if isinstance(factors.score, SingleSample):
+    score = plain_score(factors.score, factors.data)
+    if score != factors.score:
+        factors = replace(factors, score=score)
+    if isinstance(score, SingleSample):
         factors = replace(factors, solver=Euler())
+    if deterministic(score):
+        factors = replace(factors, repeat=1)
     data = factors.data
     if not isinstance(data, Mixture):
         return factors
@@ -311,18 +474,33 @@ def simplest(factors: Factors) -> Factors:
     return replace(factors, data=replace(data, std=std, weights=weights))
 
 
+STEP = ("score", "repeat", "solver", "discretization", "weighting")  # how a consistency loss steps
+LOSS = (*STEP, "target", "distance")
+TRAINED = ("network", "budget", "init", "target", "law", "weighting", "auxiliary", "dropout",
+           "optimizer", "batch", "weights_ema", "precision", "data_stream", "repeat")  # fmt: skip
+
+
 def ignored(factors: Factors) -> tuple[str, ...]:
     """The factors that this run's objective or target never reads; they don't enter its id."""
-    if isinstance(factors.objective, Denoising):
-        return ("score", "target", "solver", "discretization", "weighting", "distance")
-    if isinstance(factors.target, Frozen):
-        return ("score", "solver", "discretization", "weighting")
-    return ()
+    match factors.objective:
+        case Denoising():
+            return (*LOSS, "auxiliary")
+        case Continuous():
+            return tuple(k for k in LOSS if k != "score")
+        case FixedPoint():
+            return TRAINED
+    return STEP if isinstance(factors.target, Frozen) else ()
 
 
 def references(factors: Factors) -> dict[str, str]:
-    """The sources this run reads, by the factor that names them, ignored factors left out."""
-    used = {
-        k: getattr(factors, k) for k in ("score", "init", "target") if k not in ignored(factors)
-    }
-    return {k: v.run for k, v in used.items() if isinstance(v, Teacher | FromRun | Frozen)}
+    """The sources this run reads, by the key path of the value that names them, ignored factors
+    left out."""
+    unread, found = ignored(factors), {}
+    for name in ("score", "init", "target", "auxiliary"):
+        value = getattr(factors, name)
+        parts = {name: value} | {
+            f"{name}.{part}": getattr(value, part, None) for part in ("inside", "outside", "labels")
+        }
+        if name not in unread:
+            found |= {k: v.run for k, v in parts.items() if getattr(v, "run", None)}
+    return found

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, reduce
 
 import msgspec
 
@@ -72,8 +72,8 @@ def _read(plain: dict, factors: Factors, ids: Mapping[str, str]) -> dict:
     """Plain factors without those the objective never reads, references by id."""
     for name in ignored(factors):
         plain.pop(name, None)
-    for name, reference in ids.items():
-        plain[name]["run"] = reference
+    for path, reference in ids.items():
+        reduce(dict.__getitem__, path.split("."), plain)["run"] = reference
     return plain
 
 

@@ -151,8 +151,8 @@ class Launcher:
             run = self._next(lambda r: self.foreign.get(r.id, 0) > time.monotonic())
             if run is None:
                 return
-            folders = {i: self.store.folders[i] for i in (run.id, *run.refs.values())}
-            sources = {i: self.all[i] for i in run.refs.values()}
+            folders = {i: self.store.folders[i] for i in (run.id, *run.reads)}
+            sources = {i: self.all[i] for i in run.reads}
             process = context.Process(target=main, args=(run, sources, folders, device))
             process.start()
             self.active[slot] = (run, process)

@@ -194,6 +194,8 @@ class Layered:
 def chosen(value: object, kinds: Mapping[str, type], where: str) -> object:
     """A factor's value as a mapping that names one of its kinds. Raises StudyError for others."""
     value = {"kind": value} if isinstance(value, str) else value
+    if isinstance(value, Mapping) and "kind" not in value:
+        value = next(({"kind": k, **value} for k in kinds if k in value), value)
     kind = value.get("kind") if isinstance(value, dict) else value
     if not isinstance(kind, str) or kind not in kinds:
         raise StudyError(f"{where}: kind {kind!r}; {nearest(kind, kinds)}")

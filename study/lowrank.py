@@ -24,7 +24,18 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from study.mixtures import MIN_STEPS, Level, column, heun, normal
+from study import noise
+from study.mixtures import (
+    BETWEEN,
+    COMMON,
+    MIN_STEPS,
+    PLACE,
+    WITHIN,
+    Level,
+    chosen,
+    column,
+    heun,
+)
 
 CHUNK = 1 << 23  # float64 entries of one block: 64 MiB
 
@@ -35,7 +46,7 @@ class LowRankMixture:
 
     Every method takes x_t of shape (B, *shape) and a noise level t >= 0, a float or a (B,) tensor,
     and answers in x_t's dtype. Tensors here and x_t share the device; random draws come from the
-    generator that is passed in, which must live there too.
+    generator or key that is passed in, which must live there too.
     """
 
     shape: tuple[int, ...]
@@ -95,7 +106,7 @@ class LowRankMixture:
     def posterior_variance(self, x_t: Tensor, t: Level) -> Tensor:
         """Tr Cov[x | x_t] = sum_k g_k (Tr C_k + t^4 |r_k|^2) - t^4 |score|^2, (B,)."""
         result = []
-        for score, g, across, p, s in self._scores(x_t, t):
+        for score, g, across, p, _, s in self._scores(x_t, t):
             v = self.stds**2 + s**2  # (B or 1, K)
             narrow, wide = self._shrunk(self.spreads, self.stds[:, None], s[:, :, None])
             trace = (score.shape[1] - p.shape[2]) * narrow[..., 0] + wide.sum(2)  # of C_k
@@ -104,19 +115,45 @@ class LowRankMixture:
             result.append((g * trace).sum(1) + s[:, 0] ** 4 * between)
         return torch.cat(result).to(x_t.dtype)
 
-    def posterior_sample(self, x_t: Tensor, t: Level, generator: torch.Generator) -> Tensor:
-        """One exact draw of x given each row of x_t, (B, *shape)."""
+    def posterior_draws(self, x_t: Tensor, t: Level, key: Tensor, k: int) -> Tensor:
+        """k independent exact draws of x given each row of x_t, (k, B, *shape)."""
         g = torch.cat([joint.softmax(1) for joint, *_ in self._joints(x_t, t)])
-        k = torch.multinomial(g, 1, generator=generator)[:, 0]
-        z = normal(x_t.flatten(1).shape, x_t, generator)
+        levels = column(t, g).expand(len(g), 1).repeat(k, 1)
+        points = x_t.flatten(1).repeat(k, 1)
+        z = noise.normal(key, PLACE, points.shape)
         result = []
-        for i, e, x, s in self._blocks(k, z, x_t.flatten(1), column(t, g)):
+        for i, e, x, s in self._blocks(chosen(g, key, k).flatten(), z, points, levels):
             U, spread, std = self.bases[i], self.spreads[i], self.stds[i, None]
             v = std**2 + s**2  # (b, 1)
             y = x - self.means[i]
             r = -(y - _up(U, spread / (spread + v) * _down(U, y))) / v
             narrow, wide = self._shrunk(spread, std, s)
             result.append(x + s**2 * r + _stretched(e, U, narrow.sqrt(), wide.sqrt()))
+        return torch.cat(result).view(k, *x_t.shape).to(x_t.dtype)
+
+    def posterior_noise(self, x_t: Tensor, t: Level, key: Tensor) -> Tensor:
+        """Gaussian noise of mean 0 and covariance Cov[x | x_t], (B, *shape).
+
+        Cov = sum_k g_k (C_k + t^4 (r_k - score)(r_k - score)^T), and C_k is narrow_k I and
+        wide_ki - narrow_k more along the basis; with xi ~ N(0, 1) for every part of it,
+        sqrt(sum_k g_k narrow_k) xi + sum_k sqrt(g_k) U_k (sqrt(wide_ki - narrow_k) xi_ki)
+            + t^2 sum_k sqrt(g_k) xi_k (r_k - score).
+        """
+        result, done = [], 0
+        for score, g, _, p, x, s in self._scores(x_t, t):
+            parts = (COMMON, x), (BETWEEN, g), (WITHIN, p)
+            common, between, within = (
+                noise.normal(key, stream, part.shape, start=done * part[0].numel()).double()
+                for stream, part in parts
+            )
+            narrow, wide = self._shrunk(self.spreads, self.stds[:, None], s[:, :, None])
+            shares = g.sqrt() * between
+            field = self._pulled(shares, p, x, s) - shares.sum(1, keepdim=True) * score
+            within = (g[:, :, None] * (wide - narrow).clamp(min=0)).sqrt() * within
+            common = (g * narrow[..., 0]).sum(1, keepdim=True).sqrt() * common
+            along = within.flatten(1) @ self.bases.flatten(0, 1)
+            result.append(common + along + s**2 * field)
+            done += len(x)
         return torch.cat(result).view(x_t.shape).to(x_t.dtype)
 
     def ode_map(self, x_t: Tensor, t: Level, r: Level, steps: int = MIN_STEPS) -> Tensor:
@@ -147,14 +184,18 @@ class LowRankMixture:
             yield self.log_weights - (square + volume) / 2, across, p, x, s
 
     def _scores(self, x_t: Tensor, t: Level) -> Iterator[tuple[Tensor, ...]]:
-        """In blocks of rows: score (b, d), g_k (b, K), |y_k|^2 - |p_k|^2, p_k and the levels."""
+        """In blocks of rows: score (b, d), g_k (b, K), |y_k|^2 - |p_k|^2, p_k, rows and levels."""
         for joint, across, p, x, s in self._joints(x_t, t):
-            g, v = joint.softmax(1), self.stds**2 + s**2
-            pull = g / v
-            back = pull[:, :, None] * (self.spreads / (self.spreads + v[:, :, None]) * p)
-            score = pull @ self.means - pull.sum(1, keepdim=True) * x
-            score = score + back.flatten(1) @ self.bases.flatten(0, 1)
-            yield score, g, across, p, s
+            g = joint.softmax(1)
+            yield self._pulled(g, p, x, s), g, across, p, x, s
+
+    def _pulled(self, shares: Tensor, p: Tensor, x: Tensor, s: Tensor) -> Tensor:
+        """sum_k a_k r_k (b, d) for coefficients a (b, K)."""
+        v = self.stds**2 + s**2
+        pull = shares / v
+        back = pull[:, :, None] * (self.spreads / (self.spreads + v[:, :, None]) * p)
+        pulled = pull @ self.means - pull.sum(1, keepdim=True) * x
+        return pulled + back.flatten(1) @ self.bases.flatten(0, 1)
 
     @staticmethod
     def _shrunk(spreads: Tensor, std: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,17 +20,39 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from study import noise
 from study.errors import StudyError
 
 RHO = 7.0  # warp of the solver's grid, Karras et al. 2022 (arXiv 2206.00364), eq. 5
 MIN_STEPS = 256
 BISECTIONS = 64  # brings any bracket below the spacing of float64
 
+# Noise streams under a caller's key: which of the parts a draw comes from and its place there, and
+# Gaussian noise between the parts, within each, and common to all.
+CHOICE, PLACE, BETWEEN, WITHIN, COMMON = range(3000, 3005)
+
 Level = float | Tensor  # a noise level: one number, or one per row, (B,)
 
 
-class Density(Protocol):
-    """A population that is known at every noise level; x_t (B, ...), t a float or (B,)."""
+class Law(Protocol):
+    """What x is drawn from, as far as its posterior is known; x_t (B, ...), t a float or (B,), key
+    an int64 scalar below 2^31 on x_t's device, of which random numbers are a pure function."""
+
+    def denoiser(self, x_t: Tensor, t: Level) -> Tensor:
+        """E[x | x_t] (B, ...)."""
+
+    def posterior_variance(self, x_t: Tensor, t: Level) -> Tensor:
+        """Tr Cov[x | x_t] (B,)."""
+
+    def posterior_draws(self, x_t: Tensor, t: Level, key: Tensor, k: int) -> Tensor:
+        """k independent exact draws of x given each x_t (k, B, ...)."""
+
+    def posterior_noise(self, x_t: Tensor, t: Level, key: Tensor) -> Tensor:
+        """Gaussian noise of mean 0 and covariance Cov[x | x_t] (B, ...)."""
+
+
+class Density(Law, Protocol):
+    """A population that is known at every noise level."""
 
     def to(self, device: torch.device | str) -> Self:
         """The same density on another device."""
@@ -40,15 +62,6 @@ class Density(Protocol):
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """Draws of the data (n, ...)."""
-
-    def denoiser(self, x_t: Tensor, t: Level) -> Tensor:
-        """E[x | x_t] (B, ...)."""
-
-    def posterior_variance(self, x_t: Tensor, t: Level) -> Tensor:
-        """Tr Cov[x | x_t] (B,)."""
-
-    def posterior_sample(self, x_t: Tensor, t: Level, generator: torch.Generator) -> Tensor:
-        """One exact draw of x given each x_t (B, ...)."""
 
     def ode_map(self, x_t: Tensor, t: Level, r: Level) -> Tensor:
         """x_t carried from level t to r along the probability-flow ODE (B, ...)."""
@@ -60,7 +73,7 @@ class GaussianMixture:
 
     Every method takes x_t of shape (B, d) and a noise level t >= 0, a float or a (B,) tensor.
     The tensors here and x_t must share device and dtype. Random draws come from the generator
-    that is passed in, which must live on the same device.
+    or key that is passed in, which must live on the same device.
     """
 
     means: Tensor  # (K, d)
@@ -151,13 +164,21 @@ class GaussianMixture:
         within = (g * c).sum(1)[:, None].expand_as(x_t).diag_embed()
         return between + within
 
-    def posterior_sample(self, x_t: Tensor, t: Level, generator: torch.Generator) -> Tensor:
-        """One exact draw of x given each row of x_t, (B, d)."""
+    def posterior_draws(self, x_t: Tensor, t: Level, key: Tensor, k: int) -> Tensor:
+        """k independent exact draws of x given each row of x_t, (k, B, d)."""
         g, centres, c = self._posterior(x_t, t)
-        k = torch.multinomial(g, 1, generator=generator)  # (B, 1)
-        centre = centres.take_along_dim(k[:, :, None], 1)[:, 0]
-        spread = c.expand_as(g).take_along_dim(k, 1).sqrt()
-        return centre + spread * normal(x_t.shape, x_t, generator)
+        row, j = torch.arange(len(g), device=g.device), chosen(g, key, k)  # (B,), (k, B)
+        centre, spread = centres[row, j], c.expand_as(g)[row, j].sqrt()
+        return centre + spread[:, :, None] * noise.normal(key, PLACE, centre.shape).to(x_t)
+
+    def posterior_noise(self, x_t: Tensor, t: Level, key: Tensor) -> Tensor:
+        """Gaussian noise of mean 0 and covariance Cov[x | x_t], (B, d): with xi, xi_k ~ N(0, 1),
+        sqrt(sum_k g_k c_k) xi + sum_k sqrt(g_k) xi_k (M_k - D)."""
+        g, centres, c = self._posterior(x_t, t)
+        offsets = centres - torch.einsum("bk,bkd->bd", g, centres)[:, None]
+        shares = g.sqrt() * noise.normal(key, BETWEEN, g.shape).to(g)
+        common = (g * c).sum(1, keepdim=True).sqrt() * noise.normal(key, COMMON, x_t.shape).to(x_t)
+        return common + torch.einsum("bk,bkd->bd", shares, offsets)
 
     def ode_map(self, x_t: Tensor, t: Level, r: Level, steps: int = MIN_STEPS) -> Tensor:
         """Carry x_t from level t to level r along dx/dt = -t score(x, t), (B, d).
@@ -251,6 +272,12 @@ def heun(
 def column(t: Level, like: Tensor) -> Tensor:
     """A noise level as (B, 1) or (1, 1), beside `like`."""
     return t.to(like).reshape(-1, 1) if isinstance(t, Tensor) else like.new_full((1, 1), t)
+
+
+def chosen(weights: Tensor, key: Tensor, k: int) -> Tensor:
+    """Indices (k, B): k independent draws of i, of probability weights (B, n), by races."""
+    race = noise.exponential(key, CHOICE, (k, *weights.shape)).to(weights)
+    return (weights / race).argmax(2)
 
 
 def normal(shape: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:

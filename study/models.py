@@ -4,33 +4,38 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import assert_never
 
 import msgspec
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from study import data, networks
 from study.capture import compiled, in_rows
-from study.consistency import Function, Problem, consistency, denoiser
+from study.consistency import Function, consistency, denoised, denoiser, scaled
 from study.data import Dataset
 from study.errors import StudyError
 from study.factors import (
     Adam,
-    Analytic,
     Consistency,
+    Continuous,
+    DenoisingHead,
     Ema,
-    Empirical,
     Factors,
     FromRun,
     Frozen,
     Optimizer,
+    Own,
     RAdam,
     Sigma,
-    Teacher,
     ignored,
+    references,
 )
-from study.scores import Knowledge, Posterior
+from study.losses import Problem
+from study.mixtures import Density
+from study.posterior import Posterior
+from study.scores import Denoiser, Knowledge
 from study.spec import Run
 from study.store import Folder
 from study.weights import snapshot_name, weights_at
@@ -65,6 +70,12 @@ def level_range(factors: Factors, dataset: Dataset) -> Sigma:
     return sigma if sigma.data else msgspec.structs.replace(sigma, data=dataset.std)
 
 
+def has_head(factors: Factors) -> bool:
+    """Whether the network has a second, denoising head."""
+    head = isinstance(factors.auxiliary, DenoisingHead)
+    return head and "auxiliary" not in ignored(factors)
+
+
 def finished(
     factors: Factors,
     folder: Folder,
@@ -76,34 +87,52 @@ def finished(
 ) -> Function:
     """A trained run as its function, in the precision it was trained in: the denoiser D(x_t, t)
     or the consistency model f(x_t, t). rows: the batch that it is compiled for on a GPU."""
-    net = networks.build(factors.network, dataset.shape, 0.0, 0, "", factors.precision)
+    head = has_head(factors)
+    net = networks.build(factors.network, dataset.shape, 0.0, 0, "", factors.precision, head)
     net.load_state_dict(weights_at(folder, at, ema or factors.weights_ema[0]))
     net = compiled(net.eval().requires_grad_(False), device)
-    function = consistency if isinstance(factors.objective, Consistency) else denoiser
+    models = isinstance(factors.objective, Consistency | Continuous)
+    function = consistency if models else denoiser
     sigma = level_range(factors, dataset)
     return in_rows(lambda x_t, t: function(net, x_t, t, sigma), rows, device)
+
+
+def law_of(dataset: Dataset) -> Posterior | Density:
+    """What training draws x from, with its posterior: the training set, or endless data."""
+    return dataset.density if dataset.train is None else Posterior(data.to_float(dataset.train))
+
+
+def teachers(
+    needed: Mapping[str, str],
+    sources: Mapping[str, Run],
+    lookup: Lookup,
+    dataset: Dataset,
+    device: torch.device,
+    rows: int,
+) -> dict[str, Denoiser]:
+    """Finished denoisers by the source's name. needed: their ids by name."""
+    return {
+        name: finished(sources[i].recipe.factors, lookup(i), dataset, device, rows)
+        for name, i in needed.items()
+    }
 
 
 def knowledge(
     run: Run, sources: Mapping[str, Run], lookup: Lookup, dataset: Dataset, device: torch.device
 ) -> Knowledge:
-    """What the run's score consults, loaded."""
+    """What the run's score and labels consult, loaded."""
     factors = run.recipe.factors
-    if "score" in ignored(factors):
-        return Knowledge()
-    match factors.score:
-        case Teacher():
-            source = run.refs["score"]
-            teacher = sources[source].recipe.factors
-            return Knowledge(
-                teacher=finished(teacher, lookup(source), dataset, device, factors.batch)
-            )
-        case Empirical():
-            return Knowledge(posterior=Posterior(data.to_float(dataset.train)))
-        case Analytic():
-            return Knowledge(density=dataset.density)
-        case _:
-            return Knowledge()
+    unread = ignored(factors)
+    needed = {
+        name: run.refs[path]
+        for path, name in references(factors).items()
+        if path.split(".")[0] in ("score", "auxiliary")
+    }
+    return Knowledge(
+        law=None if "score" in unread else law_of(dataset),
+        density=dataset.density,
+        teachers=teachers(needed, sources, lookup, dataset, device, factors.batch),
+    )
 
 
 def initial(run: Run, sources: Mapping[str, Run], lookup: Lookup, dataset: Dataset) -> nn.Module:
@@ -116,11 +145,15 @@ def initial(run: Run, sources: Mapping[str, Run], lookup: Lookup, dataset: Datas
         run.seed,
         run.recipe.role,
         factors.precision,
+        has_head(factors),
     )
     if isinstance(factors.init, FromRun):
         source = run.refs["init"]
         first = sources[source].recipe.factors.weights_ema[0]
-        net.load_state_dict(weights_at(lookup(source), 1.0, first))
+        weights = weights_at(lookup(source), 1.0, first)
+        own = {k: v for k, v in net.state_dict().items() if k.startswith("head.")}
+        shared = {k: v for k, v in weights.items() if not k.startswith("head.")}
+        net.load_state_dict({**own, **shared, **{k: weights[k] for k in own if k in weights}})
     return net
 
 
@@ -143,21 +176,28 @@ def make_problem(
     device: torch.device,
     net: nn.Module,
 ) -> Problem:
-    """The run's loss. An averaged target starts as the student does."""
-    factors = run.recipe.factors
-    average = frozen = None
-    target = None if "target" in ignored(factors) else factors.target
+    """The run's loss. Averages of the student start as it does."""
+    factors, sigma = run.recipe.factors, level_range(run.recipe.factors, dataset)
+    known = knowledge(run, sources, lookup, dataset, device)
+    average = own = frozen = None
+    unread = ignored(factors)
+    target = None if "target" in unread else factors.target
+
+    def follower() -> nn.Module:
+        return compiled(copy.deepcopy(net).requires_grad_(False), device)
+
     if isinstance(target, Ema):
-        average = compiled(copy.deepcopy(net).requires_grad_(False), device)
+        average = follower()
     elif isinstance(target, Frozen):
         source = run.refs["target"]
         model = sources[source].recipe.factors
         frozen = finished(model, lookup(source), dataset, device, factors.batch)
-    return Problem(
-        factors,
-        level_range(factors, dataset),
-        net,
-        knowledge(run, sources, lookup, dataset, device),
-        frozen,
-        average,
-    )
+    if isinstance(factors.score, Own) and "score" not in unread:
+        own = follower()
+
+        def own_denoiser(x_t: Tensor, t: Tensor) -> Tensor:
+            _, F = own(scaled(x_t, t, sigma), t.log() / 4, None, True)
+            return denoised(F, x_t, t, sigma)
+
+        known = replace(known, own=own_denoiser)
+    return Problem(factors, sigma, net, known, frozen, average, own)

@@ -47,24 +47,38 @@ class Network(nn.Module):
         super().__init__()
         self.dtype = getattr(torch, precision)
 
-    def body(self, x: Tensor, c_noise: Tensor, key: Tensor | None) -> Tensor:
-        """F of x (B, ...) and c_noise (B,), in x's shape or flattened."""
+    def trunk(self, x: Tensor, c_noise: Tensor, key: Tensor | None) -> Tensor:
+        """What the output layers read of x (B, ...) and c_noise (B,)."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, c_noise: Tensor, key: Tensor | None = None) -> Tensor:
-        """x (B, ...), c_noise (B,) -> (B, ...), float32."""
+    def body(self, x: Tensor, c_noise: Tensor, key: Tensor | None) -> Tensor:
+        """F of x (B, ...) and c_noise (B,), in x's shape or flattened."""
+        return self.out(self.trunk(x, c_noise, key))
+
+    def forward(
+        self, x: Tensor, c_noise: Tensor, key: Tensor | None = None, both: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x (B, ...), c_noise (B,) -> F (B, ...), float32; with `both` F and the second head's."""
         half = self.dtype != torch.float32
         # no cache: a captured step would read casts that were made outside of it
         with torch.autocast(x.device.type, self.dtype, enabled=half, cache_enabled=False):
-            F_x = self.body(x, c_noise, key)
-        return F_x.float().view(x.shape)
+            h = self.trunk(x, c_noise, key)
+            outputs = [self.out(h), self.head(h)] if both else [self.out(h)]
+        F_x, *more = (y.float().view(x.shape) for y in outputs)
+        return (F_x, *more) if both else F_x
 
 
 class Mlp(Network):
     """Residual multilayer perceptron; images are flattened."""
 
     def __init__(
-        self, shape: tuple[int, ...], width: int, depth: int, drop: float, precision: str
+        self,
+        shape: tuple[int, ...],
+        width: int,
+        depth: int,
+        drop: float,
+        precision: str,
+        head: bool,
     ) -> None:
         super().__init__(precision)
         size = math.prod(shape)
@@ -73,14 +87,15 @@ class Mlp(Network):
         self.time = nn.ModuleList(nn.Linear(64, width) for _ in range(depth))
         self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.out = nn.Linear(width, size)
+        self.head = nn.Linear(width, size) if head else None
 
-    def body(self, x: Tensor, c_noise: Tensor, key: Tensor | None) -> Tensor:
-        """x (B, ...), c_noise (B,) -> (B, size)."""
+    def trunk(self, x: Tensor, c_noise: Tensor, key: Tensor | None) -> Tensor:
+        """x (B, ...), c_noise (B,) -> (B, width)."""
         label = embed(c_noise, 64)
         h = self.inp(x.flatten(1))  # (B, width)
         for i, (time, hidden) in enumerate(zip(self.time, self.hidden, strict=True)):
             h = h + dropout(F.silu(hidden(F.silu(h + time(label)))), self.drop, key, i)
-        return self.out(F.silu(h))
+        return F.silu(h)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -130,6 +145,7 @@ class Unet(Network):
         blocks: int,
         drop: float,
         precision: str,
+        head: bool,
     ) -> None:
         super().__init__(precision)
         label = 4 * width
@@ -153,10 +169,11 @@ class Unet(Network):
                 here, layer = c, layer + 1
             self.up.append(stage)
         self.norm, self.out = group_norm(here), nn.Conv2d(here, shape[0], 3, padding=1)
+        self.head = nn.Conv2d(here, shape[0], 3, padding=1) if head else None
         self.to(memory_format=torch.channels_last)
 
-    def body(self, x: Tensor, c_noise: Tensor, key: Tensor | None) -> Tensor:
-        """x (B, C, S, S), c_noise (B,) -> (B, C, S, S)."""
+    def trunk(self, x: Tensor, c_noise: Tensor, key: Tensor | None) -> Tensor:
+        """x (B, C, S, S), c_noise (B,) -> (B, width, S, S)."""
         label = F.silu(self.time(embed(c_noise, 2 * self.width)))
         h = self.inp(x.contiguous(memory_format=torch.channels_last))
         skips = []
@@ -173,7 +190,7 @@ class Unet(Network):
             h = torch.cat([h, skip], 1)
             for block in stage:
                 h = block(h, label, key)
-        return self.out(F.silu(self.norm(h)))
+        return F.silu(self.norm(h))
 
 
 def build(
@@ -183,22 +200,24 @@ def build(
     seed: int,
     role: str,
     precision: str = "float32",
+    head: bool = False,
 ) -> Network:
-    """The network on the CPU, its weights addressed by (seed, role, parameter name).
+    """The network on the CPU, its weights addressed by (seed, role, parameter name); head: with a
+    second output layer, for an auxiliary loss.
 
-    Weights ~ N(0, 1 / fan_in), biases 0, norms 1, the output layer 0.
+    Weights ~ N(0, 1 / fan_in), biases 0, norms 1, the output layers 0.
     """
     match network:
         case factors.Mlp(width=width, depth=depth):
-            net: Network = Mlp(shape, width, depth, drop, precision)
+            net: Network = Mlp(shape, width, depth, drop, precision, head)
         case factors.Unet(width=width, levels=levels, blocks=blocks):
-            net = Unet(shape, width, levels, blocks, drop, precision)
+            net = Unet(shape, width, levels, blocks, drop, precision, head)
         case _:
             assert_never(network)
     for name, weight in net.named_parameters():
         if weight.ndim == 1:
             weight.data.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-        elif name.startswith("out."):
+        elif name.startswith(("out.", "head.")):
             weight.data.zero_()
         else:
             generator = torch.Generator().manual_seed(seeds.number(seed, role, "init", name))

@@ -7,7 +7,8 @@ from the posterior, so a second posterior draw x'' gives a second, independent e
     distance^2  E <D^' - D_emp, D^'' - D_emp>       D_emp the training set's; not a bias: a teacher
                                                     that generalises is meant to differ from it
     held out    E <x_test - D^', x_test - D^''>     the denoising loss of the estimate's mean
-in squared units of x, summed over dimensions; / t^2 gives velocity units, / t^4 score units.
+in squared units of x, summed over dimensions; / t^2 gives velocity units, / t^4 score units. Beside
+them the median over points of the posterior's effective sample size 1 / sum_i w_i^2.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from study import seeds
 from study.consistency import along
 from study.data import Dataset, to_float
 from study.factors import Score, Sigma
-from study.scores import Knowledge, Posterior, estimate
+from study.posterior import Posterior
+from study.scores import Knowledge, Point, estimate
 
 OWN_WEIGHT = 0.99  # t*: the posterior still is a point
 
@@ -56,13 +58,12 @@ def score_error(
     """
     device = dataset.held_out.device
     finite, density = dataset.train is not None, dataset.density
-    posterior = Posterior(to_float(dataset.train)) if finite else density
-    draw_again = posterior.sample if finite else density.posterior_sample
+    law = known.law or (Posterior(to_float(dataset.train)) if finite else density)
     held_out = to_float(dataset.held_out[:samples])
     result: dict[str, Any] = {"sigma": geometric(sigma.min, sigma.max, sigmas)}
     names = ("variance", "bias2", "distance2", "held_out_loss")
     result |= {n: [] for name in names for n in (name, f"{name}_se")}
-    result["posterior_variance"] = []
+    result |= {"posterior_variance": [], "effective_samples": []}
 
     def put(name: str, rows: Tensor | None) -> None:
         value = (None, None) if rows is None else mean_and_error(rows)
@@ -78,25 +79,32 @@ def score_error(
             x = to_float(dataset.train[rows])
         else:
             x = dataset.fresh(samples, generator)
+        keys = torch.randint(2**31, (8,), generator=generator, device=device)
         t = torch.full((samples,), level, device=device)
         x_t = x + along(t, x) * torch.randn(x.shape, generator=generator, device=device)
-        again = draw_again(x_t, t, generator)
-        first, second = (estimate(score, known, clean, x_t, t) for clean in (x, again))
+        again = law.posterior_draws(x_t, t, keys[0], 1)[0]
+        first, second = (
+            estimate(score, known, Point(clean, x_t, t, key))
+            for clean, key in ((x, keys[1]), (again, keys[2]))
+        )
         put("variance", dot(first - second, first - second) / 2)
 
         truth = density.denoiser(x_t, t) if density else None
         put("bias2", None if truth is None else dot(first - truth, second - truth))
-        mean = posterior.mean(x_t, t) if finite else None
+        mean = law.denoiser(x_t, t) if finite else None
         put("distance2", None if mean is None else dot(first - mean, second - mean))
-        spread = posterior.variance(x_t, t) if finite else density.posterior_variance(x_t, t)
-        result["posterior_variance"].append(float(spread.mean()))
+        result["posterior_variance"].append(float(law.posterior_variance(x_t, t).mean()))
+        sizes = law.effective_samples(x_t, t) if finite else None
+        result["effective_samples"].append(None if sizes is None else float(sizes.median()))
 
         t = torch.full((len(held_out),), level, device=device)
         x_t = held_out + along(t, held_out) * torch.randn(
             held_out.shape, generator=generator, device=device
         )
+        draws = law.posterior_draws(x_t, t, keys[3], 2)
         first, second = (
-            estimate(score, known, draw_again(x_t, t, generator), x_t, t) for _ in range(2)
+            estimate(score, known, Point(clean, x_t, t, key))
+            for clean, key in zip(draws, keys[4:], strict=False)
         )
         put("held_out_loss", dot(held_out - first, held_out - second))
     return result | {

@@ -276,7 +276,9 @@ class Resolver:
             if name in done:
                 return
             recipe = table[name, cell]
-            for other in (*references(recipe.factors).values(), *recipe.charge):
+            consulted = [n for m in settings_of(recipe.measure, recipe.factors, recipe.role)
+                         for n in m.consults]  # fmt: skip
+            for other in (*references(recipe.factors).values(), *recipe.charge, *consulted):
                 if lacking := set(recipe.seeds) - set(table[other, cell].seeds):
                     raise StudyError(
                         f"{self._where(table[other, cell])}.seeds: without {min(lacking)}, with "
@@ -300,6 +302,9 @@ class Resolver:
         ids = {f: self.ids[n, recipe.cell, seed] for f, n in references(recipe.factors).items()}
         name = run_id(recipe.factors, ids, recipe.role, seed)
         self.ids[recipe.name, recipe.cell, seed] = name
+        measures = tuple(
+            m.resolved({n: self.ids[n, recipe.cell, seed] for n in m.consults}) for m in measures
+        )
         score = score_settings(recipe.measure, recipe.factors, ids)
         if score and recipe.role == "student" and (recipe.cell, score.file) not in asked:
             asked.add((recipe.cell, score.file))

@@ -89,7 +89,7 @@ def chosen(study: Study, pattern: str | None) -> list[Run]:
     while named:
         run = study.unique[named.pop()]
         wanted.add(run.id)
-        named += [i for i in (*run.refs.values(), *run.charged) if i not in wanted]
+        named += [i for i in (*run.reads, *run.charged) if i not in wanted]
     return [r for r in study.unique.values() if r.id in wanted]
 
 

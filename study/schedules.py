@@ -18,22 +18,27 @@ from torch import Tensor
 from study.factors import (
     Discretization,
     Doubling,
+    EctMapping,
     Ema,
     Fixed,
     Law,
     LognormalGrid,
+    LogUniform,
     Progressive,
     Sigma,
     UniformGrid,
 )
 
+LEAST = 1e-4  # smallest relative step: where sigma_min stops r from lying below t
 
-def grid_points(discretization: Discretization, progress: float) -> int:
-    """N, the number of grid points, at `progress` in [0, 1] of a run's own steps.
+
+def grid_points(discretization: Discretization, progress: float) -> float:
+    """N, the number of grid points, at `progress` in [0, 1] of a run's own steps; without a grid
+    the number of steps there would be, t / (t - r).
 
     Doubling is iCT's N(k) = min(s0 2^floor(k / K'), s1) + 1 with k / K = progress and
     K' = K / (log2 floor(s1 / s0) + 1). Progressive is CM's, N(k) = ceil(sqrt(k/K ((s1 + 1)^2 -
-    s0^2) + s0^2) - 1) + 1 (Song et al. 2023, appendix C).
+    s0^2) + s0^2) - 1) + 1 (Song et al. 2023, appendix C). ECT's is q^(s + 1) at stage s.
     """
     match discretization:
         case Fixed(N=N):
@@ -44,6 +49,8 @@ def grid_points(discretization: Discretization, progress: float) -> int:
         case Progressive(s0=s0, s1=s1):
             root = math.sqrt(progress * ((s1 + 1) ** 2 - s0**2) + s0**2)
             return math.ceil(root - 1) + 1
+        case EctMapping(q=q, stages=stages):
+            return q ** (min(int(progress * stages), stages - 1) + 1)
         case _:
             assert_never(discretization)
 
@@ -77,13 +84,23 @@ def level(law: Law, u: Tensor, sigma: Sigma) -> Tensor:
             return torch.exp(mean + std * normal).clamp(sigma.min, sigma.max)
         case UniformGrid():
             return warped(u.double(), sigma).clamp(sigma.min, sigma.max)
+        case LogUniform():
+            ratio = math.log(sigma.max / sigma.min)
+            return (sigma.min * torch.exp(u.double() * ratio)).clamp(sigma.min, sigma.max)
         case _:
             assert_never(law)
 
 
-def pair(law: Law, u: Tensor, N: Tensor | int, sigma: Sigma) -> tuple[Tensor, Tensor]:
-    """Neighbouring levels r < t (B,) of the grid of N points, float32."""
+def pair(
+    discretization: Discretization, law: Law, u: Tensor, N: Tensor | float, sigma: Sigma
+) -> tuple[Tensor, Tensor]:
+    """Levels r < t (B,), float32: neighbours on the grid of N points, or ECT's mapping of t."""
+    t = level(law, u, sigma)
+    if isinstance(discretization, EctMapping):
+        near = 1 + discretization.k * torch.sigmoid(-discretization.b * t)
+        r = (t * (1 - near / N)).clamp(min=sigma.min)
+        return torch.minimum(r, t * (1 - LEAST)).float(), t.float()
     low, high = sigma.min ** (1 / sigma.rho), sigma.max ** (1 / sigma.rho)
-    share = (level(law, u, sigma) ** (1 / sigma.rho) - low) / (high - low)
+    share = (t ** (1 / sigma.rho) - low) / (high - low)
     i = (share * (N - 1)).floor().clamp(min=0).clamp(max=N - 2)
     return karras(i, N, sigma).float(), karras(i + 1, N, sigma).float()

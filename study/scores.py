@@ -1,120 +1,144 @@
 """The score estimates: what stands for E[x | x_t] in the solver step.
 
 `estimate` returns D^(x_t, t), from which the probability-flow ODE's slope is (x_t - D^) / t and
-the score (D^ - x_t) / t^2. Each case states its mean and covariance given x_t. CT and CD differ in
-this function and nowhere else (Song et al. 2023, Algorithms 2 and 3).
+the score (D^ - x_t) / t^2. Each case states its mean and covariance given x_t, where x is a draw
+from the posterior of the law that training draws from: the training set, or endless data. CT and
+CD differ in this function and nowhere else (Song et al. 2023, Algorithms 2 and 3).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import assert_never
 
 import torch
 from torch import Tensor
 
-from study.factors import Analytic, Empirical, Score, SingleSample, Teacher
+from study import noise
+from study.factors import (
+    Analytic,
+    Blend,
+    Empirical,
+    KSample,
+    Own,
+    PosteriorK,
+    Score,
+    SingleSample,
+    Teacher,
+    Windowed,
+)
 from study.mixtures import Density
+from study.posterior import Posterior
 
-CHUNK = 1 << 26  # entries of one block of logits
-FEW = 32  # dimensions
+CHUNK = 1 << 26  # numbers of one block of references
+REFERENCES = 2001  # the noise stream that chooses them
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 
-class Posterior:
-    """The exact posterior over a finite training set: w_i = softmax_i(-|x_t - x_i|^2 / (2 t^2)).
+@dataclass(frozen=True)
+class Knowledge:
+    """What a score may consult. law: what x is drawn from, as far as its posterior is known: the
+    finite training set, or the population; density: the population, where known; teachers: by the
+    name of their source; own: the student's own denoising head, averaged."""
 
-    Logits are computed as (<x_t, x_i> - |x_i|^2 / 2) / t^2 about the data's mean, in float32
-    without TF32: their differences, not their size, decide, and at small t reduced precision is
-    garbage. In few dimensions points can lie closer than the rounding of that product, so there
-    the logits come from plain differences.
-    """
-
-    def __init__(self, x: Tensor) -> None:
-        """x: training set (n, ...), float32."""
-        self.x, self.shape, flat = x, x.shape[1:], x.flatten(1)
-        self.mean_image = flat.mean(0)
-        self.centred = flat - self.mean_image  # (n, d)
-        self.half_norm = self.centred.square().sum(1) / 2  # (n,)
-
-    def weights(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Posterior weights (B, n) at x_t (B, ...), t (B,)."""
-        query = x_t.flatten(1) - self.mean_image
-        with torch.autocast(x_t.device.type, enabled=False):
-            if self.centred.shape[1] <= FEW:
-                log_joint = -self._distance(query).square() / 2
-            else:
-                log_joint = query @ self.centred.T - self.half_norm
-            logits = log_joint / t[:, None].square()
-        return logits.softmax(1)
-
-    def _distance(self, query: Tensor) -> Tensor:
-        """|q - x_i| (B, n) of centred queries, from plain differences: slow but exact."""
-        return torch.cdist(query, self.centred, compute_mode="donot_use_mm_for_euclid_dist")
-
-    def _chunks(self, x_t: Tensor, t: Tensor) -> list[tuple[Tensor, Tensor]]:
-        rows = max(1, CHUNK // len(self.centred))
-        return list(zip(x_t.split(rows), t.split(rows), strict=True))
-
-    def mean(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """D_emp(x_t, t) (B, ...): the empirical denoiser."""
-        means = [self.weights(x, s) @ self.centred for x, s in self._chunks(x_t, t)]
-        return (torch.cat(means) + self.mean_image).view(-1, *self.shape)
-
-    def variance(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Trace of Cov[x | x_t] (B,).
-
-        Taken about the likeliest image, Tr Cov = E|x - x_top|^2 - |E[x] - x_top|^2, so that it is
-        0, and no cancelled difference, where the posterior is a point.
-        """
-        result = []
-        for x, s in self._chunks(x_t, t):
-            w = self.weights(x, s)
-            top = w.argmax(1, keepdim=True)
-            image, norm = self.centred[top[:, 0]], self.half_norm[top]
-            if self.centred.shape[1] <= FEW:
-                apart = self._distance(image).square()  # (B, n)
-            else:
-                apart = 2 * (norm + self.half_norm - image @ self.centred.T).clamp(min=0)
-            apart.scatter_(1, top, 0.0)
-            offset = w @ self.centred - image
-            result.append((w * apart).sum(1) - offset.square().sum(1))
-        return torch.cat(result)
-
-    def sample(self, x_t: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
-        """One exact draw x ~ p(x | x_t) per row (B, ...)."""
-        index = [
-            torch.multinomial(self.weights(x, s), 1, generator=generator)[:, 0]
-            for x, s in self._chunks(x_t, t)
-        ]
-        return self.x[torch.cat(index)]
+    law: Posterior | Density | None = None
+    density: Density | None = None
+    teachers: Mapping[str, Denoiser] = field(default_factory=dict)
+    own: Denoiser | None = None
 
 
 @dataclass(frozen=True)
-class Knowledge:
-    """What a score may consult. Each is None where the study has no such thing."""
+class Point:
+    """Where an estimate is asked for. x: (B, ...) clean, x_t = x + t z, t (B,); draw: the key of
+    the estimate's own randomness; progress: of training, in [0, 1]; start: where the solver's step
+    started, by which a window chooses (t itself, if None)."""
 
-    teacher: Denoiser | None = None
-    posterior: Posterior | None = None
-    density: Density | None = None
+    x: Tensor
+    x_t: Tensor
+    t: Tensor
+    draw: Tensor
+    progress: Tensor | float = 1.0
+    start: Tensor | None = None
 
 
-def estimate(score: Score, known: Knowledge, x: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """D^ (B, ...) for clean x (B, ...), x_t = x + t z, and levels t (B,)."""
+def estimate(score: Score, known: Knowledge, at: Point) -> Tensor:
+    """D^ (B, ...)."""
+    x, x_t, t = at.x, at.x_t, at.t
     match score:
         case SingleSample():
-            # mean E[x | x_t] under the data x was drawn from; covariance Cov[x | x_t]
+            # mean E[x | x_t]; covariance Cov[x | x_t]
             return x
-        case Teacher():
+        case Teacher(run=run):
             # mean D_phi(x_t, t); covariance 0
-            return known.teacher(x_t, t)
+            return known.teachers[run](x_t, t)
         case Empirical():
             # mean E[x | x_t] over the training set, exactly; covariance 0
-            return known.posterior.mean(x_t, t)
+            return known.law.denoiser(x_t, t)
         case Analytic():
             # mean E[x | x_t] under the population, exactly; covariance 0
             return known.density.denoiser(x_t, t)
+        case Blend():
+            # mean (1 - alpha) D_phi + alpha E[x | x_t]; covariance beta^2 Cov[x | x_t]
+            return _blend(score, known, at)
+        case KSample(n=n, shared=shared):
+            # mean between D of the n references and E[x | x_t]: x stands among them for certain.
+            # n = 1 is x, n -> infinity E[x | x_t] with covariance 0
+            return _self_normalised(known.law, at, n, shared)
+        case PosteriorK(k=k):
+            # mean E[x | x_t]; covariance Cov[x | x_t] / k
+            return (x + known.law.posterior_draws(x_t, t, at.draw, k - 1).sum(0)) / k
+        case Own(ramp=ramp):
+            # mean and covariance from those of x, in proportion, to D_own and 0
+            a = torch.as_tensor(at.progress / ramp).clamp(max=1).to(x)
+            return (1 - a) * x + a * known.own(x_t, t)
+        case Windowed(inside=inside, outside=outside, t_low=low, t_high=high):
+            # mean and covariance of the one or the other, by t
+            level = t if at.start is None else at.start
+            within = ((level > low) & (level <= high)).view(-1, *(1,) * (x.ndim - 1))
+            return torch.where(within, estimate(inside, known, at), estimate(outside, known, at))
         case _:
             assert_never(score)
+
+
+def _blend(score: Blend, known: Knowledge, at: Point) -> Tensor:
+    """(1 - alpha) D_phi + alpha D_ref + beta (x - D_ref), or normal noise of that covariance."""
+    alpha, beta, x = score.alpha, score.beta, at.x
+    gaussian = score.residual == "gaussian"
+    mean = 0 if alpha == 1 else (1 - alpha) * known.teachers[score.run](at.x_t, at.t)
+    if gaussian:
+        mean = mean + beta * known.law.posterior_noise(at.x_t, at.t, at.draw)
+    else:
+        mean = mean + beta * x
+    rest = alpha if gaussian else alpha - beta  # on the line alpha = beta D_ref cancels
+    return mean + rest * known.law.denoiser(at.x_t, at.t) if rest else mean
+
+
+def _self_normalised(law: Posterior, at: Point, n: int, shared: bool) -> Tensor:
+    """sum_j w_j x_j / sum_j w_j over x and n - 1 references, w_j = exp(-|x_t - x_j|^2 / (2 t^2)).
+
+    Logits are taken beside x's own, |x_t - x_j|^2 - |x_t - x|^2 = |x - x_j|^2
+    + 2 <x_t - x, x - x_j>, which loses no digits where t is small.
+    """
+    x, t, pool = at.x.flatten(1), at.t, law.x.flatten(1)
+    z = at.x_t.flatten(1) - x
+    rows = len(x) if shared else max(1, CHUNK // (n * x.shape[1]))
+    count = n - 1 if shared else len(x) * (n - 1)
+    chosen = noise.words(at.draw, REFERENCES, (count,)) % len(pool)
+    parts = []
+    for i in range(0, len(x), rows):
+        own, e = x[i : i + rows], z[i : i + rows]
+        if shared:
+            others = pool[chosen]  # (n - 1, d)
+            apart = (own.square().sum(1, keepdim=True) + others.square().sum(1)) - 2 * own @ others.T
+            along = (e * own).sum(1, keepdim=True) - e @ others.T
+        else:
+            others = pool[chosen.view(len(x), -1)[i : i + rows]]  # (b, n - 1, d)
+            offset = own[:, None] - others
+            apart, along = offset.square().sum(2), torch.einsum("bd,bnd->bn", e, offset)
+        logits = -(apart / 2 + along) / t[i : i + rows, None].square()
+        w = torch.cat([torch.zeros_like(logits[:, :1]), logits], 1).softmax(1)
+        mean = w[:, 1:] @ others if shared else torch.einsum("bn,bnd->bd", w[:, 1:], others)
+        parts.append(w[:, :1] * own + mean)
+    return torch.cat(parts).view_as(at.x)

@@ -12,20 +12,28 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-from msgspec import Meta
+from msgspec import Meta, Struct
 
 from study.errors import StudyError, nearest
 from study.factors import (
     Consistency,
+    Continuous,
     Denoising,
     Factors,
+    FixedPoint,
     Frozen,
+    Name,
+    Own,
     Positive,
+    Score,
     Share,
+    SingleSample,
     Value,
+    ignored,
 )
 from study.identity import canonical, difference, digest
 
@@ -37,6 +45,7 @@ Lengths = Annotated[tuple[float, ...], Meta(min_length=1)]
 
 
 Levels = Annotated[int, Meta(ge=2, le=1000)]
+Batches = Annotated[int, Meta(ge=4, le=10_000)]
 Draws = Annotated[int, Meta(ge=1, le=100)]
 Samples = Annotated[int, Meta(ge=8, le=1_000_000)]
 
@@ -104,6 +113,85 @@ class ScoreError(Value, frozen=True):
     samples: Samples = 2048
 
 
+class GradientNoise(Value, frozen=True):
+    """Where the noise of the gradient comes from, per noise level and under the law: the estimate
+    of the score, dropout's mask, the draw of (t, x_t); rho is the estimate's share. Also how far
+    f(x_t, t) is from its target, beside the distance's c."""
+
+    sigmas: Levels = 8
+    batches: Batches = 16  # independent ones, of the run's own size
+    at: Points | None = None
+
+
+class GradientCosine(Value, frozen=True):
+    """Cosine of the mean gradients that two scores give at the same weights, noise removed, per
+    noise level and under the law."""
+
+    against: Score
+    score: Score = SingleSample()
+    sigmas: Levels = 8
+    batches: Batches = 16
+    at: Points | None = None
+
+
+class GradientSlopes(Value, frozen=True):
+    """How the losses and gradients of two scores come together as N grows, at the same weights."""
+
+    against: Score
+    score: Score = SingleSample()
+    N: Annotated[tuple[Annotated[int, Meta(ge=2, le=1_000_000)], ...], Meta(min_length=2)] = (
+        *(20, 40, 80, 160, 320),
+    )
+    batches: Batches = 16
+    at: Points | None = None
+
+
+class Trajectories(Value, frozen=True):
+    """Is it one trajectory, one output? Distance of f(x_t, t) to the end of the PF-ODE through x_t
+    under each known score, and the spread of f along one trajectory, per noise level. teachers:
+    denoising sources; the distance between the ends of the first two is the floor."""
+
+    teachers: tuple[Name, ...] = ()
+    sigmas: Levels = 8
+    samples: Samples = 256
+    steps: Annotated[int, Meta(ge=8, le=4096)] = 64  # Heun steps over the whole range
+    ema: Lengths | None = None
+    at: Points | None = None
+
+
+class Memorisation(Value, frozen=True):
+    """Are samples nearer to training images than held-out images are?"""
+
+    samples: Samples
+    nfe: Steps = (1,)
+    mid: Positive = 0.821
+    ema: Lengths | None = None
+    at: Points | None = None
+
+
+class Coverage(Value, frozen=True):
+    """Precision and recall (k nearest neighbours in the extractor's features) and the histogram of
+    classes that its classifier sees, against training images; null: as in `fid`."""
+
+    extractor: str | None = None
+    samples: Samples | None = None
+    neighbours: Annotated[int, Meta(ge=1, le=100)] = 3
+    nfe: Steps = (1,)
+    mid: Positive = 0.821
+    ema: Lengths | None = None
+    at: Points | None = None
+
+
+class Pushforward(Value, frozen=True):
+    """On one-dimensional data: the prior's quantiles sent through f, their Wasserstein-2 distance
+    to the data's, and the mass that lands between modes (over `reach` std from each)."""
+
+    points: Annotated[int, Meta(ge=100, le=10_000_000)] = 20_000
+    reach: Positive = 4.0
+    ema: Lengths | None = None
+    at: Points | None = None
+
+
 class Measure(Value, frozen=True):
     """What a study measures, and at which shares of each run's budget."""
 
@@ -114,6 +202,26 @@ class Measure(Value, frozen=True):
     mode_mass: ModeMass | None = None
     map_error: MapError | None = None
     score_error: ScoreError | None = None
+    gradient_noise: GradientNoise | None = None
+    gradient_cosine: GradientCosine | None = None
+    gradient_slopes: GradientSlopes | None = None
+    trajectories: Trajectories | None = None
+    memorisation: Memorisation | None = None
+    coverage: Coverage | None = None
+    pushforward: Pushforward | None = None
+
+
+PROBES = ("gradient_noise", "gradient_cosine", "gradient_slopes")  # of raw weights, as trained
+IN_FEATURES = ("kid", "coverage")  # what they leave open is the fid's
+
+
+def named_sources(value: object) -> list[str]:
+    """The sources that a score or measurement consults."""
+    if isinstance(value, Struct):
+        inner = [n for field in value.__struct_fields__ for n in named_sources(getattr(value, field))]
+        own = [value.run] if getattr(value, "run", None) else []
+        return own + [n for n in inner if n not in own] + [*getattr(value, "teachers", ())]
+    return []
 
 
 @dataclass(frozen=True)
@@ -122,11 +230,29 @@ class Settings:
 
     at: float
     record: Mapping[str, Any]
+    consults: tuple[str, ...] = ()  # names of sources; ids once the seed is known
+
+    def resolved(self, ids: Mapping[str, str]) -> Settings:
+        """The same of one seed, every source by its id."""
+        if not self.consults:
+            return self
+        record = _by_id(self.record, ids)
+        return Settings(self.at, record, tuple(ids[name] for name in self.consults))
 
     @property
     def file(self) -> str:
         """Its name in the run's folder measures/."""
         return f"{self.at:.3f}-{self.record['kind']}-{digest(self.record, 8)}.json"
+
+
+def _by_id(value: Any, ids: Mapping[str, str]) -> Any:  # noqa: ANN401
+    """Plain settings with the names of sources replaced."""
+    if isinstance(value, Mapping):
+        return {
+            k: ids[v] if k == "run" else [ids[n] for n in v] if k == "teachers" else _by_id(v, ids)
+            for k, v in value.items()
+        }
+    return value
 
 
 @cache
@@ -141,33 +267,51 @@ def extractor_identity(name: str, where: str = "extractor") -> str:
 
 def settings_of(measure: Measure, factors: Factors, role: str) -> Iterator[Settings]:
     """Every measurement of this recipe's own snapshots."""
-    denoising = isinstance(factors.objective, Denoising)
-    for kind in ("fid", "kid", "sliced_wasserstein", "mode_mass", "map_error"):
+    for kind in measure.__struct_fields__:
         ask = getattr(measure, kind)
-        if ask is None or (kind == "map_error" and denoising):
+        if kind in ("at", "score_error") or ask is None or not applies(kind, factors, role):
             continue
-        plain = {f: getattr(ask, f) for f in ask.__struct_fields__}
-        if kind == "kid" and measure.fid:
-            plain = {f: getattr(measure.fid, f) if v is None else v for f, v in plain.items()}
+        plain = {
+            f: difference(v) if isinstance(v := getattr(ask, f), Struct) else v
+            for f in ask.__struct_fields__
+        }
+        if kind in IN_FEATURES and measure.fid:
+            shared = {f: getattr(measure.fid, f) for f in plain if hasattr(measure.fid, f)}
+            plain = {f: shared.get(f) if v is None else v for f, v in plain.items()}
         points = plain.pop("at") or measure.at
-        asked = plain.pop("ema")  # of variants; of a source, the weights that others read
+        asked = plain.pop("ema", None)  # of variants; of a source, the weights that others read
         lengths = asked if asked and role == "student" else factors.weights_ema[:1]
-        steps = plain.pop("nfe", (1,))
-        steps = (HEUN_NFE,) if denoising else steps
+        lengths = ("raw",) if kind in PROBES else lengths
+        steps = plain.pop("nfe", (None,))
+        if steps != (None,) and isinstance(factors.objective, Denoising):
+            steps = (HEUN_NFE,)
         if "extractor" in plain:
             plain["extractor"] = extractor_identity(plain["extractor"])
+        against = ("train", "held_out") if kind in ("fid", "kid") else (None,)
+        consults = tuple(dict.fromkeys(named_sources(ask)))
         for at in points if role == "student" else (1.0,):
-            for ema in lengths:
-                if kind == "map_error":
-                    yield Settings(at, {"kind": kind, "ema": ema, **plain})
-                    continue
-                for nfe in steps:
-                    record = {"kind": kind, "ema": ema, "nfe": nfe, **plain}
-                    record["mid"] = plain["mid"] if nfe == 2 else None
-                    for reference in ("train", "held_out") if "extractor" in plain else (None,):
-                        yield Settings(
-                            at, record | ({"reference": reference} if reference else {})
-                        )
+            for ema, nfe, reference in product(lengths, steps, against):
+                record = {"kind": kind, "ema": ema, **plain}
+                if nfe is not None:
+                    record |= {"nfe": nfe, "mid": plain["mid"] if nfe == 2 else None}
+                if reference is not None:
+                    record["reference"] = reference
+                yield Settings(at, record, consults)
+
+
+def applies(kind: str, factors: Factors, role: str) -> bool:
+    """Whether a measurement makes sense of such a run. An oracle has its map and nothing else; a
+    source is measured by its samples alone."""
+    student = role == "student"
+    match factors.objective:
+        case FixedPoint():
+            return kind == "pushforward"
+        case Denoising():
+            return kind not in ("map_error", "pushforward", "trajectories", *PROBES)
+        case Continuous():
+            return student and kind != "gradient_slopes"
+    stepped = not isinstance(factors.target, Frozen)
+    return kind not in (*PROBES, "trajectories") or (student and (stepped or kind not in PROBES))
 
 
 def snapshot_points(measure: Measure, asked: Iterable[Settings], role: str) -> set[float]:
@@ -178,7 +322,8 @@ def snapshot_points(measure: Measure, asked: Iterable[Settings], role: str) -> s
 def score_settings(measure: Measure, factors: Factors, ids: Mapping[str, str]) -> Settings | None:
     """The score error of a recipe's estimate: it depends on data, score and teacher alone."""
     ask = measure.score_error
-    scored = isinstance(factors.objective, Consistency) and not isinstance(factors.target, Frozen)
+    scored = isinstance(factors.objective, Consistency | Continuous)
+    scored &= "score" not in ignored(factors) and not isinstance(factors.score, Own)
     if ask is None or not scored:
         return None
     score = canonical(factors, ids).get("score", difference(factors.score))

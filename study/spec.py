@@ -61,6 +61,13 @@ class Run:
     measures: tuple[Settings, ...] = ()
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        """Ids of all runs that it waits for: those it is trained with and those its measurements
+        consult."""
+        measured = (i for m in self.measures for i in m.consults)
+        return tuple(dict.fromkeys((*self.refs.values(), *measured)))
+
+    @property
     def folder(self) -> str:
         """The folder a new run gets. Only the id at its end is key."""
         cell = f"-{self.recipe.cell}" if self.recipe.role == "student" else ""

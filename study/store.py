@@ -236,7 +236,7 @@ class Store:
 
     def blocked(self, run: Run) -> str | None:
         """Why this run can't be made: a source that failed or diverged; None where it can."""
-        for source in (self.study.unique[i] for i in run.refs.values()):
+        for source in (self.study.unique[i] for i in run.reads):
             folder = self.folders[source.id]
             outcome = (folder.trained or {}).get("outcome")
             if outcome == "diverged" or (outcome is None and folder.state(source) == "failed"):
@@ -250,6 +250,6 @@ class Store:
         for run in waiting:
             if all(
                 (self.folders[i].trained or {}).get("outcome") == "trained"
-                for i in run.refs.values()
+                for i in run.reads
             ):
                 yield run

@@ -45,6 +45,17 @@ def set_up() -> None:
     torch.compiler.reset()  # what other runs of this process compiled would count against a limit
 
 
+def second_moment(
+    optimizer: torch.optim.Optimizer, weights: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Adam's running mean of squared gradients, its bias corrected, by parameter name."""
+    beta = optimizer.param_groups[0]["betas"][1]
+    states = {name: optimizer.state[w] for name, w in weights.items()}
+    return {
+        name: s["exp_avg_sq"] / (1 - beta ** float(s["step"])) for name, s in states.items()
+    }
+
+
 def stream_digest(draws: Draws) -> str:
     """Digest of the first images, noise and times: equal for all variants of a block."""
     first = draws(0, DIGEST_IMAGES)
@@ -78,6 +89,14 @@ def train(
         "inputs": dict(inputs),
     }
     problem = make_problem(run, sources, lookup, dataset, device, net)
+    followers = {
+        name: (net_, decay)
+        for name, net_, decay in (
+            ("target", problem.average, lambda N: schedules.target_decay(factors.target, N)),
+            ("own", problem.own, lambda _: factors.score.mu),
+        )
+        if net_ is not None
+    }
     draws = Draws(dataset, run.seed, run.recipe.role, factors.data_stream)
     facts["stream_digest"] = stream_digest(draws)
 
@@ -110,14 +129,11 @@ def train(
         net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
         averages = [[a.to(device) for a in average] for average in state["averages"]]
-        if problem.average is not None:
-            problem.average.load_state_dict(state["target"])
+        for name, (follower, _) in followers.items():
+            follower.load_state_dict(state[name])
         spend = msgspec.convert(state["spend"], Spend)
     rows = [row for row in read_lines(log) if row["images"] <= spend.images]
     write_bytes(log, "".join(msgspec.json.encode(row).decode() + "\n" for row in rows).encode())
-
-    def target() -> dict[str, torch.Tensor] | None:
-        return problem.average and problem.average.state_dict()
 
     def save() -> None:
         save_tensors(
@@ -125,7 +141,7 @@ def train(
             {
                 "facts": facts,
                 "net": net.state_dict(),
-                "target": target(),
+                **{name: follower.state_dict() for name, (follower, _) in followers.items()},
                 "optimizer": optimizer.state_dict(),
                 "averages": averages,
                 "spend": msgspec.to_builtins(spend),
@@ -160,7 +176,7 @@ def train(
     saved = clock = time.perf_counter()
     while spend.images < budget:
         N = schedules.grid_points(factors.discretization, spend.images / budget)
-        loss = step(draws(spend.images, batch), N)
+        loss = step(draws(spend.images, batch), N, spend.images / budget)
         update = spend.updates + 1
         logs = update % every == 0 or spend.images + batch >= budget
         if logs:
@@ -171,10 +187,9 @@ def train(
                 return True
         optimizer.step()
         average(averages, weights, gammas, update)
-        if problem.average is not None:
-            mu = schedules.target_decay(factors.target, N)
+        for follower, decay in followers.values():
             with torch.no_grad():
-                torch._foreach_lerp_(list(problem.average.parameters()), weights, 1 - mu)
+                torch._foreach_lerp_(list(follower.parameters()), weights, 1 - decay(N))
 
         if spend.images + batch in due and device.type == "cuda":
             torch.cuda.synchronize(device)  # what is queued is training, not saving
@@ -202,7 +217,12 @@ def train(
             }
             save_tensors(
                 folder.file(snapshot_name(due[spend.images])),
-                {"raw": net.state_dict(), "ema": emas, "target": target()},
+                {
+                    "raw": net.state_dict(),
+                    "ema": emas,
+                    "second_moment": second_moment(optimizer, dict(net.named_parameters())),
+                    **{name: follower.state_dict() for name, (follower, _) in followers.items()},
+                },
             )
         stopping = stop()
         if stopping or spend.images in due or tick - saved > SAVE_SECONDS:

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from study import networks
 from study.budget import Spend, passes, snapshot_images
-from study.consistency import Problem, consistency, denoiser
+from study.consistency import consistency, denoiser
+from study.losses import Problem
 from study.data import Draws, load, to_float
 from study.factors import (
     Analytic,
@@ -22,7 +23,8 @@ from study.factors import (
     SingleSample,
     Teacher,
 )
-from study.scores import Knowledge, Posterior
+from study.posterior import Posterior
+from study.scores import Knowledge
 
 CASES = {
     "single_sample": ({"score": SingleSample()}, 4),
@@ -69,8 +71,8 @@ def test_passes_are_the_calls_made(case: str) -> None:
         sigma,
         student,
         Knowledge(
-            teacher=lambda x_t, t: denoiser(other, x_t, t, sigma),
-            posterior=Posterior(to_float(dataset.train)),
+            teachers={"a": lambda x_t, t: denoiser(other, x_t, t, sigma)},
+            law=Posterior(to_float(dataset.train)),
             density=dataset.density,
         ),
         lambda x_t, t: consistency(other, x_t, t, sigma),

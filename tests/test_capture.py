@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from study import networks
 from study.capture import Captured, compiled, gradient, in_rows
-from study.consistency import Problem
+from study.losses import Problem
 from study.data import Batch, Draws, load
 from study.factors import (
     Analytic,
@@ -118,8 +118,8 @@ def test_gradient_is_autograds_of_one_batch_alone(case: str) -> None:
     one = problem(case)
     weights = list(one.net.parameters())
     step = gradient(one, batch(0))
-    step(batch(1), 10)  # a step before leaves nothing behind
-    loss = step(batch(2), 7)
+    step(batch(1), 10, 1.0)  # a step before leaves nothing behind
+    loss = step(batch(2), 7, 1.0)
     expected = one.loss(batch(2), 7)
     assert not loss.requires_grad and torch.equal(loss, expected.detach())
     for found, g in zip(weights, torch.autograd.grad(expected, weights), strict=True):
@@ -139,7 +139,7 @@ def test_a_captured_step_is_the_plain_step(case: str) -> None:
     step = gradient(one, batch(0, device=CUDA))
     assert isinstance(step, Captured)
     for i, N in [(1, 10), (2, 7), (3, 2)]:
-        loss = step(batch(i, device=CUDA), N)
+        loss = step(batch(i, device=CUDA), N, 1.0)
         plain.net.zero_grad()
         expected = plain.loss(batch(i, device=CUDA), N)
         expected.backward()

@@ -12,7 +12,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from study import consistency, networks, schedules
-from study.consistency import Problem, distance, solver_step, weight
+from study.consistency import distance, solver_step, weight
 from study.data import Batch
 from study.factors import (
     L2,
@@ -37,6 +37,7 @@ from study.factors import (
     Uniform,
 )
 from study.mixtures import GaussianMixture
+from study.losses import Problem
 from study.scores import Knowledge
 
 SIGMA = Sigma(data=0.5)
@@ -70,7 +71,7 @@ def batch(mixture: GaussianMixture, n: int, seed: int = 0, u: float | None = Non
     x = mixture.sample(n, generator)
     z = torch.randn(x.shape, generator=generator, dtype=x.dtype)
     drawn = torch.rand(n, generator=generator, dtype=torch.float64)
-    return Batch(x, z, drawn if u is None else torch.full_like(drawn, u), torch.tensor(77))
+    return Batch(x, z, drawn if u is None else torch.full_like(drawn, u), torch.tensor(77), torch.tensor(78))
 
 
 def z_score(rows: Tensor) -> float:
@@ -295,8 +296,8 @@ def test_l2_is_the_mean_over_dimensions() -> None:
 
 def test_weights() -> None:
     t, r = torch.tensor([1.0, 80.0]), torch.tensor([0.75, 30.0])
-    assert weight(InverseStep(), t, r).tolist() == pytest.approx([4.0, 0.02])
-    assert weight(Uniform(), t, r).tolist() == [1.0, 1.0]
+    assert weight(InverseStep(), t, r, SIGMA).tolist() == pytest.approx([4.0, 0.02])
+    assert weight(Uniform(), t, r, SIGMA).tolist() == [1.0, 1.0]
 
 
 # --- the consistency loss ---
@@ -328,7 +329,7 @@ def test_distillation_on_a_gaussian_meets_the_straight_line_of_its_flow(source: 
     """dx/dt = t x / (s^2 + t^2) on N(0, s^2): x_r = x_t (1 + (r - t) t / (s^2 + t^2))."""
     known, score = {
         "analytic": (Knowledge(density=GAUSS), Analytic()),
-        "teacher": (Knowledge(teacher=GAUSS.denoiser), Teacher(run="edm")),
+        "teacher": (Knowledge(teachers={"edm": GAUSS.denoiser}), Teacher(run="edm")),
     }[source]
     b, net = batch(GAUSS, 200), constant(0)
     Problem(factors(score=score), SIGMA, net, known).losses(b, 20)
@@ -357,9 +358,9 @@ def test_averaged_target_is_read_in_the_students_place() -> None:
     problem = Problem(drawn, SIGMA, student, average=average)
     found = problem.losses(b, 20)
     assert len(student.calls) == len(average.calls) == 1
-    assert student.calls[0][2] is b.key and average.calls[0][2] is b.key  # one dropout mask
+    assert student.calls[0][2] is b.mask and average.calls[0][2] is b.mask  # one dropout mask
     assert (student.calls[0][3], average.calls[0][3]) == (True, False)
-    r, t = schedules.pair(drawn.law, b.u, 20, SIGMA)
+    r, t = schedules.pair(Fixed(N=20), drawn.law, b.u, 20, SIGMA)
     ends = [
         consistency.consistency(constant(F), b.x + level[:, None] * b.z, level, SIGMA)
         for F, level in ((0.3, t), (0.7, r))
@@ -373,7 +374,7 @@ def test_target_has_the_students_mask_and_no_gradient() -> None:
     net, b = constant(0), batch(GAUSS, 4)
     Problem(factors(), SIGMA, net).loss(b, 20)
     target, student = net.calls
-    assert target[2] is b.key and student[2] is b.key
+    assert target[2] is b.mask and student[2] is b.mask
     assert (target[3], student[3]) == (False, True)
 
 
@@ -383,7 +384,7 @@ def test_gradient_is_the_students_alone() -> None:
     sigma = Sigma(min=60.0, max=80.0, data=1e6)  # so c_skip = 1 and c_out = t - 60
     net = Net(lambda x, c_noise: a / (torch.exp(4 * c_noise)[:, None] - 60) + 0 * x)
     problem, b = Problem(factors(weighting=Uniform()), sigma, net), batch(GAUSS, 5, u=0.999)
-    r, t = schedules.pair(problem.factors.law, b.u, 3, sigma)
+    r, t = schedules.pair(Fixed(N=20), problem.factors.law, b.u, 3, sigma)
     assert r.min() > 60  # where r = sigma_min the target has no parameters
     loss, gap = problem.losses(b, 3), (t - r).double() * b.z[:, 0]
     torch.testing.assert_close(loss.detach(), gap**2, rtol=1e-3, atol=0)
@@ -396,9 +397,9 @@ def test_masks_shared_at_neighbouring_levels_cancel() -> None:
     net = networks.build(Mlp(width=32, depth=2), (1,), 0.5, 0, "student")
     nn.init.normal_(net.out.weight)
     b = batch(GAUSS, 256, u=0.7)
-    b = Batch(b.x.float(), b.z.float(), b.u, b.key)
+    b = Batch(b.x.float(), b.z.float(), b.u, b.mask, b.draw)
     problem = Problem(factors(weighting=Uniform(), dropout=0.5), SIGMA, net)
-    r, t = schedules.pair(problem.factors.law, b.u, 100_000, SIGMA)
+    r, t = schedules.pair(Fixed(N=20), problem.factors.law, b.u, 100_000, SIGMA)
     x_t = b.x + t[:, None] * b.z
     kept, other = (
         consistency.consistency(net, x_t, t, SIGMA, torch.tensor(k)) for k in (77, 78)
@@ -475,7 +476,7 @@ def test_frozen_target_is_compared_at_the_same_point_with_weight_one() -> None:
     torch.testing.assert_close(
         problem.losses(b, 20), torch.full((100,), 0.04).double(), rtol=1e-4, atol=0
     )
-    assert len(net.calls) == 1 and net.calls[0][2] is b.key
+    assert len(net.calls) == 1 and net.calls[0][2] is b.mask
     (x_t, t), = points(net)
     torch.testing.assert_close(x_t, b.x + t[:, None] * b.z, rtol=1e-4, atol=1e-5)
     expected = schedules.level(problem.factors.law, b.u, SIGMA)
@@ -499,7 +500,7 @@ def test_denoising_sees_the_level_itself_and_the_mask() -> None:
     expected = schedules.level(factors().law, b.u, SIGMA)
     torch.testing.assert_close(t.double(), expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(x_t, b.x + t[:, None] * b.z, rtol=1e-4, atol=1e-5)
-    assert net.calls[0][2] is b.key
+    assert net.calls[0][2] is b.mask
 
 
 def test_loss_is_the_mean_over_rows() -> None:

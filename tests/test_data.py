@@ -54,7 +54,7 @@ def test_any_batch_can_be_drawn_first(endless: Dataset) -> None:
         through = [draws(start, 64) for start in range(0, 1280, 64)]
         for i in (13, 2, 19):
             batch = resumed(i * 64, 64)
-            for name in ("x", "z", "u", "key"):
+            for name in ("x", "z", "u", "mask", "draw"):
                 assert torch.equal(getattr(batch, name), getattr(through[i], name))
 
 
@@ -77,7 +77,7 @@ def test_streams_depend_on_seed_role_and_data_stream(other: tuple, endless: Data
             first = getattr(one, name)
             assert torch.equal(first, getattr(same, name))
             assert (first == getattr(apart, name)).double().mean() < 0.05
-        assert one.key == same.key != apart.key
+        assert one.mask == same.mask != apart.mask
 
 
 def test_noise_and_times_are_standard_and_independent_of_the_data(endless: Dataset) -> None:
@@ -94,7 +94,7 @@ def test_noise_and_times_are_standard_and_independent_of_the_data(endless: Datas
 
 def test_keys_differ_from_batch_to_batch_and_fit_31_bits() -> None:
     draws = Draws(numbered(), 0, "student", 0)
-    keys = [int(draws(start, 64).key) for start in range(0, 64 * 200, 64)]
+    keys = [int(draws(start, 64).mask) for start in range(0, 64 * 200, 64)]
     assert len(set(keys)) == 200
     assert 0 <= min(keys) and 2**30 < max(keys) < 2**31
 

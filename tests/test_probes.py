@@ -12,7 +12,8 @@ from study import data, factors
 from study.data import Dataset, to_float
 from study.factors import Analytic, Empirical, Mixture, Sigma, SingleSample, Teacher
 from study.probes import map_error, mean_and_error, score_error, t_star
-from study.scores import Knowledge, Posterior
+from study.posterior import Posterior
+from study.scores import Knowledge
 
 SIGMA = Sigma(data=1.0)
 GAUSS = Mixture(means=((0.3, -1.0, 2.0),), std=0.5, held_out=8000)
@@ -111,7 +112,7 @@ def test_single_sample_on_a_finite_sample(finite: Dataset) -> None:
 
 
 def test_empirical_has_no_variance_and_no_distance(finite: Dataset) -> None:
-    known = Knowledge(posterior=Posterior(finite.train))
+    known = Knowledge(law=Posterior(finite.train))
     result = score_error(Empirical(), known, finite, SIGMA, 5, 500)
     assert result["variance"] == result["variance_se"] == [0.0] * 5
     assert max(result["distance2"]) < 1e-10
@@ -119,7 +120,7 @@ def test_empirical_has_no_variance_and_no_distance(finite: Dataset) -> None:
 
 
 def test_a_teacher_that_is_off_by_b_has_squared_bias_b2_and_no_variance(gauss: Dataset) -> None:
-    known = Knowledge(teacher=lambda x_t, t: gauss.density.denoiser(x_t, t) + OFFSET)
+    known = Knowledge(teachers={"edm": lambda x_t, t: gauss.density.denoiser(x_t, t) + OFFSET})
     result = score_error(Teacher(run="edm"), known, gauss, SIGMA, 7, 8000)
     assert result["variance"] == result["variance_se"] == [0.0] * 7
     assert result["bias2"] == pytest.approx([1.69] * 7, rel=1e-4)
@@ -131,7 +132,7 @@ def test_a_teacher_on_a_finite_sample_has_its_distance_to_the_empirical_mean(
     finite: Dataset,
 ) -> None:
     posterior = Posterior(finite.train)
-    known = Knowledge(teacher=lambda x_t, t: posterior.mean(x_t, t) - 0.5)
+    known = Knowledge(teachers={"edm": lambda x_t, t: posterior.denoiser(x_t, t) - 0.5})
     result = score_error(Teacher(run="edm"), known, finite, SIGMA, 5, 500)
     assert result["distance2"] == pytest.approx([0.25] * 5, rel=1e-4)
 
@@ -146,7 +147,7 @@ def test_analytic_on_held_out_data_loses_the_posterior_variance(gauss: Dataset) 
 
 def test_images_have_no_known_population() -> None:
     digits = data.load(factors.Digits())
-    known = Knowledge(posterior=Posterior(to_float(digits.train)))
+    known = Knowledge(law=Posterior(to_float(digits.train)))
     sigma = Sigma(min=0.05, max=5.0)  # t* is about 0.3
     result = score_error(SingleSample(), known, digits, sigma, 3, 400)
     assert result["bias2"] == result["bias2_se"] == [None] * 3

@@ -20,6 +20,7 @@ from study.schedules import grid_points, karras, level, pair, target_decay
 # the noise levels of EDM's 18-step sampler (Karras et al. 2022), the upper half, to three digits
 EDM_18 = [80.0, 57.6, 40.8, 28.4, 19.4, 12.9, 8.40, 5.32, 3.26, 1.92, 1.09]
 SIGMA = Sigma()
+GRID = Fixed(N=2)  # that there is a grid; its N is given beside it
 
 
 def grid(N: int, sigma: Sigma = SIGMA) -> torch.Tensor:
@@ -136,7 +137,7 @@ def test_uniform_grids_worked_quantiles(sigma: Sigma, levels: list[float | None]
 @pytest.mark.parametrize("N", [3, 11, 41])
 @pytest.mark.parametrize("sigma", [SIGMA, Sigma(min=0.1, max=3.7, rho=3)])
 def test_uniform_grids_pairs_are_equally_likely(N: int, sigma: Sigma) -> None:
-    r, _ = pair(UniformGrid(), uniform(100_000, seed=N), N, sigma)
+    r, _ = pair(GRID, UniformGrid(), uniform(100_000, seed=N), N, sigma)
     drawn = np.bincount(np.searchsorted(grid(N, sigma).float().numpy(), r.numpy()), minlength=N)
     assert drawn[N - 1] == 0  # no interval begins at the top
     assert stats.chisquare(drawn[: N - 1]).pvalue > 1e-3
@@ -145,7 +146,7 @@ def test_uniform_grids_pairs_are_equally_likely(N: int, sigma: Sigma) -> None:
 @pytest.mark.parametrize("N", [3, 11, 41])
 def test_pairs_are_drawn_with_icts_frequencies(N: int) -> None:
     law = LognormalGrid()
-    _, t = pair(law, uniform(100_000, seed=N), N, SIGMA)
+    _, t = pair(GRID, law, uniform(100_000, seed=N), N, SIGMA)
     sigma = grid(N).numpy()
     p = np.diff(special.erf((np.log(sigma) - law.P_mean) / (np.sqrt(2) * law.P_std)))
     drawn = np.bincount(np.searchsorted(sigma.astype(np.float32), t.numpy()), minlength=N)[1:]
@@ -156,7 +157,7 @@ def test_pairs_are_drawn_with_icts_frequencies(N: int) -> None:
 @pytest.mark.parametrize("law", [LognormalGrid(), UniformGrid()])
 def test_pairs_are_neighbours_around_the_level(law: Law, N: int) -> None:
     u = torch.cat([torch.tensor([0.0, 1 - 2**-53, 1.0]).double(), uniform(5000)])
-    r, t = pair(law, u, N, SIGMA)
+    r, t = pair(GRID, law, u, N, SIGMA)
     levels = grid(N).float()
     assert r.dtype == t.dtype == torch.float32
     below = torch.searchsorted(levels, r)
@@ -165,6 +166,6 @@ def test_pairs_are_neighbours_around_the_level(law: Law, N: int) -> None:
     assert (r <= inside * (1 + 1e-6)).all() and (inside <= t * (1 + 1e-6)).all()
     high = LognormalGrid(P_mean=8.0, P_std=1.0)  # the last quantiles round to sigma_max itself
     assert level(high, u, SIGMA).max() == SIGMA.max
-    assert pair(high, u, N, SIGMA)[1].max() == levels[-1]
-    again = pair(law, u, torch.tensor(N), SIGMA)
+    assert pair(GRID, high, u, N, SIGMA)[1].max() == levels[-1]
+    again = pair(GRID, law, u, torch.tensor(N), SIGMA)
     assert torch.equal(again[0], r) and torch.equal(again[1], t)

@@ -1,0 +1,268 @@
+"""Images of a user's own, a folder or a zip archive of them: decoded once, kept in a cache folder.
+
+PNG, JPEG, BMP and WebP, all of one square size and all grey or all RGB. Folders train/ and test/
+(or held_out/, or val/) are the parts, else some images are set aside; the folder an image stands
+in is its class, unless a dataset.json, as EDM's archives have, gives labels. Names are sorted, so
+the order is the same on every machine. An archive is read in memory and never unpacked to disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import msgspec
+import numpy as np
+from filelock import FileLock
+from PIL import Image, UnidentifiedImageError
+from rich.console import Console
+from rich.progress import Progress
+
+from study import seeds
+from study.errors import StudyError
+from study.store import write_bytes
+
+DECODER = 1  # raise it when the same files come to other images
+FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
+READ = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+REFUSED = (".avif", ".gif", ".pgm", ".ppm", ".tif", ".tiff")  # never left out in silence
+MODES = {"1": "L", "L": "L", "LA": "L", "P": "RGB", "RGB": "RGB", "RGBA": "RGB"}
+HELD_OUT = ("held_out", "test", "val")  # the first that is there; the others are not read
+TABLE = "dataset.json"
+SIDE = 1024  # pixels; an image that says it has more is not decoded
+LARGEST = 1 << 27  # bytes of one file or archive member
+
+
+class Source(NamedTuple):
+    """A folder or archive: size and stamps of each file by its path below root, the folders at
+    the top, a file's bytes by its path."""
+
+    root: Path
+    files: dict[str, tuple[int, ...]]
+    folders: set[str]
+    content: Callable[[str], bytes]
+
+    def read(self, name: str) -> bytes:
+        """A file's bytes, of which there are not too many."""
+        if self.files[name][0] > LARGEST:
+            raise ValueError(f"found {self.files[name][0]} bytes; allowed: {LARGEST}")
+        return self.content(name)
+
+
+class Table(msgspec.Struct):
+    """dataset.json of an EDM archive; its labels may be null."""
+
+    labels: list[tuple[str, Annotated[int, msgspec.Meta(ge=0, lt=2**31)]]] | None
+
+
+def load(root: Path, held_out: int | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return (images, labels) of train and held_out from a folder or a zip archive of images.
+
+    Images are (n, S, S, C) uint8 in 0..255 with C 1 or 3, labels (n,) int64, each part in the
+    order of its sorted paths. held_out: how many images to set aside where root has no parts of
+    its own, by a permutation that depends on nothing but how many images there are; else None.
+    Alpha is dropped, palettes are looked up. Raises StudyError, naming the file or folder: for
+    what is missing, empty, torn, no image, of more than 8 bits, of another size or mode than the
+    others; for held_out where it is needed, too large or not used; for a class that train lacks.
+    """
+    root = Path(root)
+    try:
+        with _opened(root) as source:
+            parts, depth = _split(source, held_out)
+            names = sorted(parts["train"] + parts["held_out"])
+            classes = _classes(source, names, depth)
+            images = _kept(source, names)
+    except (OSError, zipfile.BadZipFile, MemoryError) as error:
+        raise StudyError(f"{root}: cannot be read: {error}") from error
+    known = sorted({classes[name] for name in parts["train"]})
+    for name in parts["held_out"]:
+        if classes[name] not in known:
+            found = f"no training image is of its class {classes[name]!r}"
+            raise StudyError(f"{root / name}: held out, but {found}")
+    numbers = {c: c if isinstance(c, int) else i for i, c in enumerate(known)}
+    labels = np.array([numbers[classes[name]] for name in names], np.int64)
+    place = {name: i for i, name in enumerate(names)}
+    rows = {part: [place[name] for name in chosen] for part, chosen in parts.items()}
+    return {part: (images[chosen], labels[chosen]) for part, chosen in rows.items()}
+
+
+@contextmanager
+def _opened(root: Path) -> Iterator[Source]:
+    """The folder or archive, which stays open meanwhile; hidden files are not seen."""
+    if root.is_dir():
+        folders = {path.name for path in root.iterdir() if path.is_dir()}
+        yield Source(root, dict(_walk(root)), folders, lambda name: (root / name).read_bytes())
+    elif root.is_file() and zipfile.is_zipfile(root):
+        with zipfile.ZipFile(root) as archive:  # gives no more bytes than file_size says
+            members = {i.filename: i for i in archive.infolist() if "/." not in f"/{i.filename}"}
+            files = {name: (i.file_size, i.CRC) for name, i in members.items() if not i.is_dir()}
+            folders = {name.split("/")[0] for name in members if "/" in name}
+            yield Source(root, files, folders, archive.read)
+    else:
+        found = (
+            "neither a folder nor a zip archive" if root.exists() else "there is no such folder"
+        )
+        raise StudyError(f"{root}: {found}; allowed: a folder or a zip archive of images")
+
+
+def _walk(root: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Path below root, and (size, mtime, ctime), of each image; links are followed."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    seen = set()
+    for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            raise StudyError(f"{folder}: comes twice, through a link; its images would too")
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        below = os.path.relpath(folder, root)
+        for name in names:
+            if not name.startswith(".") and (
+                name.lower().endswith(READ + REFUSED) or name == TABLE
+            ):
+                status = os.stat(os.path.join(folder, name))
+                stamps = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+                yield name if below == "." else f"{below}/{name}", stamps
+
+
+def _split(source: Source, held_out: int | None) -> tuple[dict[str, list[str]], int]:
+    """Sorted paths of train and held_out, and how many folders above each say which part."""
+    root, given = source.root, f"data.held_out: {held_out} given"
+    names = sorted(name for name in source.files if name.lower().endswith(READ + REFUSED))
+    other = next((part for part in HELD_OUT if part in source.folders), None)
+    if "train" in source.folders and other:
+        if held_out is not None:
+            raise StudyError(f"{given}; leave it out: {root} has train and {other}")
+        parts = {"train": "train/", "held_out": f"{other}/"}
+        parts = {key: [n for n in names if n.startswith(part)] for key, part in parts.items()}
+        if not all(parts.values()):
+            empty = other if parts["train"] else "train"
+            raise StudyError(f"{root / empty}: no image in it; allowed: {', '.join(READ)}")
+        return parts, 1
+    if not names:
+        raise StudyError(f"{root}: no image in it; allowed: {', '.join(READ)}")
+    if held_out is None:
+        found = ", ".join(sorted(source.folders)[:5]) or "none"
+        raise StudyError(
+            f"data.held_out: missing; say how many of the {len(names)} images of {root} to hold "
+            f"out, or give it folders train and test (found: {found})"
+        )
+    if not 0 < held_out < len(names):
+        raise StudyError(f"{given}; allowed: 1 to {len(names) - 1}, of the images of {root}")
+    order = np.random.RandomState(seeds.number(0, "data", "set aside", len(names)) % 2**32)
+    chosen = np.zeros(len(names), dtype=bool)
+    chosen[order.permutation(len(names))[:held_out]] = True
+    parts = {"train": ~chosen, "held_out": chosen}
+    return {key: [names[i] for i in np.flatnonzero(rows)] for key, rows in parts.items()}, 0
+
+
+def _classes(source: Source, names: list[str], depth: int) -> dict[str, str | int]:
+    """Each image's class: its label in dataset.json, else the name of its folder, else ''."""
+    table = source.root / TABLE
+    if TABLE in source.files:
+        try:
+            labels = msgspec.json.decode(source.read(TABLE), type=Table).labels
+        except Exception as error:  # an archive's decoder raises whatever a torn one leads to
+            raise StudyError(f"{table}: cannot be read as labels of images: {error}") from error
+        given = dict.fromkeys(names, 0) if labels is None else dict(labels)
+        for name in names:
+            if name not in given:
+                raise StudyError(f"{table}: no label for {name}")
+        return given
+    classes = {name: ["", *name.split("/")[depth:-1]][-1] for name in names}
+    for name in names:
+        if not classes[name] and any(classes.values()):
+            raise StudyError(f"{source.root / name}: in no class's folder, unlike others")
+    return classes
+
+
+def _pixels(source: Source, name: str) -> np.ndarray:
+    """One image (S, S, C) uint8; StudyError where it is none, or not one of those allowed."""
+    try:
+        with Image.open(io.BytesIO(source.read(name)), formats=FORMATS) as image:
+            if image.width != image.height or image.width > SIDE:
+                found = f"found {image.width} x {image.height}"
+                raise ValueError(f"{found} pixels; allowed: square, at most {SIDE} a side")
+            deep = ";16B" in str(image.tile)  # Pillow would cut colours of 16 bits down to 8
+            if image.mode not in MODES or deep:
+                found = image.mode + " of 16 bits" * deep
+                raise ValueError(f"found mode {found}; allowed: grey or RGB of 8 bits")
+            # A palette goes through RGBA: straight to RGB, Pillow warns of its transparency.
+            flat = image.convert("RGBA") if image.mode == "P" else image
+            return np.array(flat.convert(MODES[image.mode])).reshape(*image.size, -1)
+    except UnidentifiedImageError:
+        raise StudyError(f"{source.root / name}: none of {', '.join(FORMATS)}") from None
+    except Exception as error:  # decoders raise whatever a torn file leads them to
+        raise StudyError(f"{source.root / name}: cannot be decoded: {error}") from error
+
+
+def _decode(source: Source, names: list[str]) -> np.ndarray:
+    """All images (n, S, S, C) uint8, in the order of the names."""
+    first = _pixels(source, names[0])
+    images = np.empty((len(names), *first.shape), np.uint8)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        for i, name in enumerate(progress.track(names, description=source.root.name)):
+            pixels = _pixels(source, name)
+            if pixels.shape != first.shape:
+                found, others = (
+                    f"{len(x)} x {len(x)} {'RGB' if x.shape[2] == 3 else 'grey'}"
+                    for x in (pixels, first)
+                )
+                raise StudyError(
+                    f"{source.root / name}: found {found}; {names[0]} and any other image before "
+                    f"it is {others}; allowed: one size and mode"
+                )
+            images[i] = pixels
+    return images
+
+
+def cache_folder() -> Path:
+    """consistency-gap in XDG_CACHE_HOME, else in ~/.cache."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (given if given.is_absolute() else Path.home() / ".cache") / "consistency-gap"
+
+
+def _kept(source: Source, names: list[str]) -> np.ndarray:
+    """The decoded images, from the cache unless the path, size or times of a file are others.
+
+    One process decodes while others that want the same wait; without a folder that can be written
+    each decodes for itself, with a warning.
+    """
+    stamps = [(name, *source.files[name]) for name in names]
+    listing = repr((DECODER, str(source.root.resolve()), stamps)).encode()
+    path = cache_folder() / f"images-{hashlib.sha256(listing).hexdigest()[:16]}.npz"
+    images = _cached(path, len(names))  # needs no lock, so also a folder that is only readable
+    if images is not None:
+        return images
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            images = _cached(path, len(names))
+            if images is None:
+                images, file = _decode(source, names), io.BytesIO()
+                np.savez(file, images=images)
+                write_bytes(path, file.getvalue())
+    except (OSError, MemoryError) as error:
+        warnings.warn(f"{path}: the decoded images can't be kept ({error})", stacklevel=3)
+    return _decode(source, names) if images is None else images
+
+
+def _cached(path: Path, count: int) -> np.ndarray | None:
+    """The images, or None where the file is missing, torn (it has a checksum) or not ours."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            images = arrays["images"]
+    except Exception:  # whatever a torn file leads the reader to
+        return None
+    return images if images.dtype == np.uint8 and images.shape[:1] == (count,) else None

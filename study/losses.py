@@ -1,0 +1,124 @@
+"""The losses: E[w(t, r) d(f(x_t, t), f^-(x_r, r))] with x_t = x + t z and x_r one solver step from
+x_t to r along the slope (x_t - D^) / t. With D^ = x that is x + r z, consistency training; with a
+teacher's D^ it is consistency distillation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from study import continuous, noise, schedules
+from study.consistency import (
+    Function,
+    along,
+    consistency,
+    denoised,
+    distance,
+    scaled,
+    skipped,
+    solver_step,
+    weight,
+)
+from study.data import Batch
+from study.factors import Continuous, DenoisingHead, Edm, Factors, Frozen, FromRun, Sigma
+from study.factors import Denoising as DenoisingObjective
+from study.scores import Knowledge, Point, estimate
+
+REPEATS = 2002  # the noise stream of further draws of x given x_t
+
+
+@dataclass(frozen=True)
+class Problem:
+    """All that a loss reads besides the batch: the student, what the score knows, a target that
+    is not the student itself (its running average, or a frozen model), the average whose own
+    denoising head is a score."""
+
+    factors: Factors
+    sigma: Sigma  # with sigma_data filled in
+    net: nn.Module
+    known: Knowledge = Knowledge()
+    frozen: Function | None = None
+    average: nn.Module | None = None
+    own: nn.Module | None = None
+
+    def loss(self, batch: Batch, N: Tensor | float, progress: Tensor | float = 1.0) -> Tensor:
+        """The mean loss (scalar) of one batch; N grid points, progress of training in [0, 1]."""
+        return self.losses(batch, N, progress).mean()
+
+    def levels(self, batch: Batch, N: Tensor | float) -> tuple[Tensor, Tensor]:
+        """(r, t) (B,) of a batch; where nothing is stepped r = t."""
+        f = self.factors
+        if isinstance(f.objective, DenoisingObjective | Continuous) or isinstance(f.target, Frozen):
+            t = schedules.level(f.law, batch.u, self.sigma).float()
+            return t, t
+        return schedules.pair(f.discretization, f.law, batch.u, N, self.sigma)
+
+    def losses(self, batch: Batch, N: Tensor | float, progress: Tensor | float = 1.0) -> Tensor:
+        """The loss of each row (B,)."""
+        r, t = self.levels(batch, N)
+        return self.at_levels(batch, r, t, progress)
+
+    def at_levels(
+        self, batch: Batch, r: Tensor, t: Tensor, progress: Tensor | float = 1.0
+    ) -> Tensor:
+        """The loss of each row (B,) between levels r and t (B,) of the caller's choice."""
+        f, sigma, x, mask = self.factors, self.sigma, batch.x, batch.mask
+        x_t = x + along(t, x) * batch.z
+        head = isinstance(f.auxiliary, DenoisingHead)
+        plain = isinstance(f.objective, DenoisingObjective | Continuous)
+        if not plain and not isinstance(f.target, Frozen):  # before the student's graph is held
+            targets = self.targets(batch, x_t, r, t, progress)
+        inputs = scaled(x_t, t, sigma), t.log() / 4, mask
+        F, head_F = self.net(*inputs, True) if head else (self.net(*inputs), None)
+        if isinstance(f.objective, DenoisingObjective):
+            # EDM's weighting makes the loss of F uniform over t
+            error = denoised(F, x_t, t, sigma) - x
+            return weight(Edm(), t, r, sigma) * error.square().flatten(1).sum(1)
+        if isinstance(f.objective, Continuous):
+            D = estimate(f.score, self.known, Point(x, x_t, t, batch.draw, progress)).detach()
+            result = continuous.losses(
+                f.objective, self.net, F, x_t, t, D, sigma, mask, progress
+            )
+        elif isinstance(f.target, Frozen):
+            # no step to divide by: the difference is not O(t - r), so the weight is 1
+            with torch.no_grad():
+                target = self.frozen(x_t, t)
+            result = distance(f.distance, skipped(F, x_t, t, sigma), target)
+        else:
+            student = skipped(F, x_t, t, sigma)
+            apart = [distance(f.distance, student, target) for target in targets]
+            result = weight(f.weighting, t, r, sigma) * sum(apart) / len(apart)
+        if head:
+            with torch.no_grad():
+                labels = f.auxiliary.labels
+                label = self.known.teachers[labels.run](x_t, t) if isinstance(labels, FromRun) else x
+            error = denoised(head_F, x_t, t, sigma) - label
+            per_row = weight(Edm(), t, r, sigma) * error.square().flatten(1).mean(1)
+            result = result + f.auxiliary.weight * per_row
+        return result
+
+    @torch.no_grad()
+    def targets(
+        self, batch: Batch, x_t: Tensor, r: Tensor, t: Tensor, progress: Tensor | float = 1.0
+    ) -> list[Tensor]:
+        """f^-(x_r, r) (B, ...), once per repeat: x itself, then further draws of x given x_t."""
+        f, x, draw = self.factors, batch.x, batch.draw
+        draws = [(x, draw)]
+        if f.repeat > 1:
+            keys = noise.words(draw, REPEATS, (f.repeat,)) >> 1
+            more = self.known.law.posterior_draws(x_t, t, keys[0], f.repeat - 1)
+            draws += zip(more, keys[1:], strict=True)
+        result = []
+        for clean, key in draws:
+
+            def slope(y: Tensor, s: Tensor, clean: Tensor = clean, key: Tensor = key) -> Tensor:
+                at = Point(clean, y, s, key, progress, start=t)
+                return (y - estimate(f.score, self.known, at)) / along(s, y)
+
+            x_r = solver_step(f.solver, slope, x_t, t, r)
+            net = self.average or self.net
+            result.append(consistency(net, x_r, r, self.sigma, batch.mask))  # same dropout mask
+        return result
