@@ -9,15 +9,27 @@ from typing import Any, Literal, TypedDict
 
 SCHEMA = 1
 SPEND = ("images", "updates", "passes", "flops", "seconds")
-SCALARS = {"mode_mass": {"mode_mass_between": "between", "mode_mass_tv": "tv"}, "score_error": {}}
+SCALARS = {  # metrics and the keys they stand under; of any other kind its value, by its name
+    "mode_mass": {"mode_mass_between": "between", "mode_mass_tv": "tv"}, "score_error": {},
+    "gradient_noise": {"gradient_rho": "value"},
+    "gradient_cosine": {"gradient_cosine": "value"},
+    "gradient_slopes": {"slope_loss": "slope_loss", "slope_gradient": "slope_gradient"},
+    "trajectories": {"trajectory_error": "value"},
+    "coverage": {"precision": "precision", "recall": "recall", "class_tv": "tv"},
+    "pushforward": {"pushforward_w2": "w2", "pushforward_between": "between"}}
+REPORTED = ("gradient_rho", "gradient_cosine", "slope_loss", "slope_gradient")  # never compared
+AXES = {"gradient_noise": "sigma", "gradient_cosine": "sigma", "gradient_slopes": "N",
+        "trajectories": "sigma", "memorisation": "", "coverage": "class", "pushforward": "mode"}
+BESIDE = ("id", "at", "images", "seconds", "settings")  # keys of every file, none a measured value
 PER_SIGMA = ("variance", "variance_se", "bias2", "bias2_se", "distance2", "distance2_se",
-             "held_out_loss", "held_out_loss_se", "posterior_variance")
+             "held_out_loss", "held_out_loss_se", "posterior_variance", "effective_samples")
 
 
 class Factors(TypedDict, total=False):
     """The factors that the analysis looks into."""
 
     budget: dict[str, Any]
+    objective: dict[str, Any]
     score: dict[str, Any]
     init: dict[str, Any]
     target: dict[str, Any]

@@ -10,10 +10,8 @@ is named in `Study.missing` or `Study.problems`.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,20 +20,25 @@ from typing import Any
 import msgspec
 import pandas as pd
 
-from analysis.files import PER_SIGMA, SCALARS, SCHEMA, SPEND, Plan, Record, Trained
+from analysis.files import AXES, SCHEMA, SPEND, Plan, Record, Trained
+from analysis.recipes import computed
+from analysis.records import (
+    INSTRUMENT_COLUMNS,
+    MAP_COLUMNS,
+    MEASURE_COLUMNS,
+    SCORE_COLUMNS,
+    number,
+    renamed,
+    spread,
+)
 from study.errors import StudyError, nearest
 
 RUN_COLUMNS = ("name", "role", "cell", "seed", "id", "folder", "same_as", "state", "outcome",
                "reason", *SPEND, "charged_images", "images_total",
-               *(f"{k}_with_sources" for k in SPEND), "planned_images", "side", "parameters",
-               "sigma_data", "data_digest", "init_digest", "stream_digest")
-MEASURE_COLUMNS = ("name", "role", "cell", "seed", "id", "at", "images", "images_total",
-                   "images_with_sources", "metric", "nfe", "ema", "reference", "value", "floor",
-                   "draws", "draws_sd", "identity", "file")
-SCORE_COLUMNS = ("name", "cell", "seed", "id", "at", "score", "sigma", *PER_SIGMA, "known",
-                 "dimension", "t_star", "identity", "file")
-MAP_COLUMNS = ("name", "cell", "seed", "id", "at", "ema", "sigma", "rms", "identity", "file")
+               *(f"{k}_with_sources" for k in SPEND), "planned_images", "side", "objective",
+               "parameters", "sigma_data", "data_digest", "init_digest", "stream_digest")
 ATTEMPT_COLUMNS = ("id", "commit", "dirty", "device", "torch", "python", "host")
+NO_SNAPSHOT = "no snapshot: not measured"
 MISSING_COLUMNS = ("name", "cell", "seed", "id", "file", "why")
 
 
@@ -43,9 +46,10 @@ MISSING_COLUMNS = ("name", "cell", "seed", "id", "file", "why")
 class Study:
     """A study as found on disk: the plan (study.json) and what its run folders hold.
 
-    runs, measures, score_errors, map_errors: frames with the columns named above, in the order of
-    the study file. missing: measurements asked for and not there. problems: one sentence per file
-    that could not be used. A run's state is pending, unfinished (running or interrupted: the files
+    runs, measures, score_errors, map_errors, instruments: frames with the columns named above and
+    in analysis.records, in the order of the study file. settings: of each instrument's file, runs
+    by name. missing: measurements asked for and not there. problems: one sentence per file that
+    could not be used. A run's state is pending, unfinished (running or interrupted: the files
     cannot tell), failed, or done; a diverged run is done, with outcome "diverged".
     """
 
@@ -60,6 +64,8 @@ class Study:
     measures: pd.DataFrame
     score_errors: pd.DataFrame
     map_errors: pd.DataFrame
+    instruments: pd.DataFrame
+    settings: dict[str, dict[str, Any]]
     attempts: pd.DataFrame
     missing: pd.DataFrame
     problems: tuple[str, ...]
@@ -94,11 +100,13 @@ def load(folder: Path) -> Study:
     for entry in plan["runs"]:
         if entry["id"] not in found:
             found[entry["id"]] = _read_run(folder, entry, problems)
-    spends = {i: {k: number(run.trained.get("spend", {}).get(k)) for k in SPEND}
-              for i, run in found.items()}
+    recipe_of = {e["id"]: plan["recipes"][e["recipe"]] for e in plan["runs"][::-1]}
+    names, settings = {i: r["name"] for i, r in recipe_of.items()}, {}
+    spends = {i: _spend(run, recipe_of[i]) for i, run in found.items()}
     below = {e["id"]: {*e["refs"], *e["charged"]} for e in plan["runs"]}
     sources = {i: _closure(i, below) for i in below}
-    rows: dict[str, list[tuple]] = {k: [] for k in ("run", "measure", "score", "map", "missing")}
+    rows: dict[str, list[tuple]] = {k: [] for k in ("run", "measure", "score", "map", "instrument",
+                                                    "missing")}
     first: dict[tuple[str, str], str] = {}
     for entry in plan["runs"]:
         recipe, run = plan["recipes"][entry["recipe"]], found[entry["id"]]
@@ -114,14 +122,18 @@ def load(folder: Path) -> Study:
             own["images"] + charged,
             *(math.fsum(s.get(k, math.nan) for s in billed) for k in SPEND),
             number(recipe["factors"].get("budget", {}).get("images")), run.side,
+            (recipe["factors"].get("objective") or {}).get("kind", ""),
             *(number(run.trained.get(k)) for k in ("parameters", "sigma_data")),
             *(run.trained.get(k) or "" for k in ("data_digest", "init_digest",
                                                  "stream_digest"))))
         extra = (charged, math.fsum(s.get("images", math.nan) for s in billed[1:]))
         for file, record in run.records.items():
-            _spread(rows, where, recipe["role"], extra, run.trained.get("data_digest"),
-                    file, record)
-        rows["missing"] += [(*where, file, why) for file, why in run.missing.items()]
+            spread(rows, where, recipe["role"], extra, run.trained.get("data_digest"), file,
+                   record, names)
+            if record["settings"]["kind"] in AXES:
+                settings[file] = renamed(record["settings"], names)
+        rows["missing"] += [(*where, file, why) for file, why in run.missing.items()
+                            if not (computed(recipe) and why == NO_SNAPSHOT)]
     attempts = [(i, *(start.get(k) for k in ATTEMPT_COLUMNS[1:]))
                 for i, run in found.items() for start in run.starts]
     return Study(
@@ -133,33 +145,11 @@ def load(folder: Path) -> Study:
         measures=pd.DataFrame(rows["measure"], columns=list(MEASURE_COLUMNS)),
         score_errors=pd.DataFrame(rows["score"], columns=list(SCORE_COLUMNS)),
         map_errors=pd.DataFrame(rows["map"], columns=list(MAP_COLUMNS)),
+        instruments=pd.DataFrame(rows["instrument"], columns=list(INSTRUMENT_COLUMNS)),
+        settings=settings,
         attempts=pd.DataFrame(attempts, columns=list(ATTEMPT_COLUMNS)),
         missing=pd.DataFrame(rows["missing"], columns=list(MISSING_COLUMNS)),
         problems=tuple(problems), strays=tuple(_strays(plan, found)))
-
-
-def number(value: object) -> float:
-    """A finite JSON number as float; nan for null, text and infinities: "not measured"."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else math.nan
-
-
-def numbers(values: object) -> list[float]:
-    """A JSON list as floats (see `number`); empty for anything else."""
-    return [number(v) for v in values] if isinstance(values, list) else []
-
-
-def identity(settings: dict[str, Any], data_digest: str | None) -> str:
-    """A measurement's identity: kind and every setting but the point, with the data's digest.
-
-    Only values of equal identity may be compared or averaged.
-    """
-    inner = [f"{k}={v if isinstance(v, str) else json.dumps(v, sort_keys=True)}"
-             for k, v in sorted(settings.items())
-             if k not in ("kind", "at") and not isinstance(v, dict | list) and v is not None]
-    lists = [f"{k}={json.dumps(v, sort_keys=True)}" for k, v in sorted(settings.items())
-             if isinstance(v, dict | list)]
-    return f"{settings['kind']}[{', '.join([*inner, *lists, f'data_digest={data_digest}'])}]"
 
 
 @dataclass
@@ -173,6 +163,13 @@ class _Run:
     records: dict[str, dict[str, Any]]
     missing: dict[str, str]
     state: str
+
+
+def _spend(run: _Run, recipe: dict[str, Any]) -> dict[str, float]:
+    """A run's own spend. What is computed and not trained has spent nothing."""
+    if run.trained and computed(recipe):
+        return dict.fromkeys(SPEND, 0.0)
+    return {k: number(run.trained.get("spend", {}).get(k)) for k in SPEND}
 
 
 def _strays(plan: dict[str, Any], found: dict[str, _Run]) -> Iterable[str]:
@@ -247,7 +244,7 @@ def _read_run(folder: Path, entry: dict[str, Any], problems: list[str]) -> _Run:
         elif number(_float(file.split("-")[0])) in points:
             missing[file], undone = "not measured yet", True
         else:
-            missing[file] = "no snapshot: not measured"
+            missing[file] = NO_SNAPSHOT
     if trained and not undone:
         state = "done"
     elif reason not in ("", "done", "stopped"):
@@ -256,38 +253,6 @@ def _read_run(folder: Path, entry: dict[str, Any], problems: list[str]) -> _Run:
         state = "unfinished" if trained or events else "pending"
     return _Run(trained, side, [e for e in events if e.get("event") == "start"],
                 str(trained.get("reason") or reason), records, missing, state)
-
-
-def _spread(rows: dict[str, list[tuple]], where: tuple, role: str, extra: tuple[float, float],
-            digest: str | None, file: str, record: dict[str, Any]) -> None:
-    """Appends one measurement file's scalars and per-sigma values to the rows of the frames.
-
-    extra: the images charged to the run, and those of all its sources.
-    """
-    settings = record["settings"]
-    kind, at, images = settings["kind"], number(record.get("at")), number(record.get("images"))
-    what = identity(settings, digest)
-    name, cell, seed, run = where
-    draws = numbers(record.get("draws"))
-    spread = statistics.stdev(draws) if len(draws) > 1 else math.nan
-    ema = settings.get("ema")
-    ema = "" if ema is None else str(ema)
-    for metric, key in SCALARS.get(kind, {kind: "value"}).items():
-        rows["measure"].append((
-            name, role, cell, seed, run, at, images, *(images + x for x in extra), metric,
-            number(settings.get("nfe")), ema, str(settings.get("reference") or ""),
-            number(record.get(key)), number(record.get("floor")), len(draws), spread, what, file))
-    sigmas = numbers(record.get("sigma"))
-    if kind == "score_error":
-        columns = [numbers(record.get(k)) or [math.nan] * len(sigmas) for k in PER_SIGMA]
-        tail = (bool(record.get("known")), number(record.get("dimension")),
-                number(record.get("t_star")), what, file)
-        score = json.dumps(settings.get("score"), sort_keys=True)
-        rows["score"] += [(*where, at, score, *values, *tail)
-                          for values in zip(sigmas, *columns, strict=False)]
-    if kind == "map_error":
-        rows["map"] += [(*where, at, ema, sigma, rms, what, file) for sigma, rms
-                        in zip(sigmas, numbers(record.get("rms")), strict=False)]
 
 
 def _closure(start: str, below: dict[str, set[str]]) -> set[str]:

@@ -19,8 +19,8 @@ from study.factors import (
     Factors,
     FittedMixture,
     FixedPoint,
-    Frozen,
     FromRun,
+    Frozen,
     Heun,
     Images,
     KSample,
@@ -155,15 +155,11 @@ def check_score(score: Score, factors: Factors, where: str) -> None:
                 f"{where}: empirical needs finite data; give the mixture `samples` or use the "
                 "analytic score"
             )
-        case KSample() if endless(data):
+        case KSample(n=n) if n > references_in(factors):
             raise StudyError(
-                f"{where}: k_sample draws references from a finite training set; give the mixture "
-                "`samples`, or use posterior_k, which has no bias"
-            )
-        case KSample(n=n) if n > references_in(data):
-            raise StudyError(
-                f"{where}: n = {n} references, of {references_in(data)} training points; use "
-                "score: empirical for all of them"
+                f"{where}: n = {n} references, of {references_in(factors)} that there are (training "
+                "points; the batch, where data are endless); the exact mean over all is the score "
+                "empirical or analytic"
             )
         case Blend(alpha=alpha, run=None) if alpha != 1:
             raise StudyError(
@@ -196,10 +192,12 @@ def check_score(score: Score, factors: Factors, where: str) -> None:
         )
 
 
-def references_in(data: Data) -> int:
-    """How many training points there are; for a folder of images nobody knows before reading."""
+def references_in(factors: Factors) -> int:
+    """How many points references are drawn from; of a folder of images nobody knows before it is
+    read."""
+    data = factors.data
     if isinstance(data, Mixture | FittedMixture):
-        return data.samples
+        return data.samples or factors.batch
     return TRAIN.get(data.__struct_config__.tag, 1_000_000)
 
 

@@ -64,7 +64,8 @@ def losses(
     """The loss of each row (B,); F (B, ...) is the student's output at (x_t, t), with gradient."""
     share = objective.warm_up
     warm = torch.as_tensor(progress / share).clamp(max=1).to(x_t) if share else 1.0
-    target, g = tangent(net, x_t, t, D, sigma, key, warm)
+    _, g = tangent(net, x_t, t, D, sigma, key, warm)
     norm = g.flatten(1).norm(dim=1)
     g = g / along(norm + objective.c, g)
-    return (-F - target - g).square().flatten(1).mean(1)
+    # G^- is this very output: with the tangent's, what bfloat16 rounds would be learned away
+    return (F.detach() - F - g).square().flatten(1).mean(1)

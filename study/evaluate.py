@@ -20,7 +20,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_kid import kid_features_to_metric
 
 from study import schedules, seeds
-from study.data import Dataset
+from study.data import Dataset, to_uint8
 from study.errors import StudyError
 from study.extractors.load import load as load_extractor
 from study.factors import Sigma
@@ -112,6 +112,15 @@ def features(images: Tensor, name: str) -> Tensor:
     """Features (n, F) on the CPU of uint8 images (n, C, S, S)."""
     net = extractor(name, images.device)
     return torch.cat([net(part) for part in images.split(CHUNK)]).cpu()
+
+
+@torch.no_grad()
+def classes(images: Tensor, name: str) -> Tensor:
+    """Class logits (n, classes) on the CPU, by the extractor's classifier, of images (n, C, S,
+    S)."""
+    net = extractor(name, images.device)
+    parts = to_uint8(images).split(CHUNK)
+    return torch.cat([net.classes(part) for part in parts]).cpu()
 
 
 def fid(a: Tensor, b: Tensor) -> float:

@@ -163,7 +163,7 @@ class Blend(Kind, frozen=True, tag="blend"):
 
 class KSample(Kind, frozen=True, tag="k_sample"):
     """D^ = the self-normalised mean over n references, x itself and n - 1 drawn from the training
-    set (STF, Xu et al. 2023). shared: one set of references for the whole batch, whose noise is
+    set, or of endless data from the batch (STF, Xu et al. 2023). shared: one set of references for the whole batch, whose noise is
     then common to its rows."""
 
     n: Annotated[int, Meta(ge=1, le=1_000_000)]

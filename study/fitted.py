@@ -17,7 +17,6 @@ import argparse
 import hashlib
 import io
 import math
-import os
 import sys
 import time
 import warnings
@@ -33,6 +32,7 @@ from torch import Tensor
 from study import factors
 from study.data import Dataset, load, to_float, to_uint8
 from study.errors import StudyError
+from study.folder import cache_folder
 from study.identity import digest
 from study.lowrank import LowRankMixture
 from study.store import write_bytes
@@ -106,12 +106,6 @@ def _components(
 
 
 # --- the cache ---
-
-
-def cache_folder() -> Path:
-    """consistency-gap in XDG_CACHE_HOME, else in ~/.cache."""
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (given if given.is_absolute() else Path.home() / ".cache") / "consistency-gap"
 
 
 def density(real: Dataset, components: int, rank: int) -> LowRankMixture:

@@ -261,7 +261,7 @@ def _kept(source: Source, names: list[str]) -> np.ndarray:
 def _cached(path: Path, count: int) -> np.ndarray | None:
     """The images, or None where the file is missing, torn (it has a checksum) or not ours."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             images = arrays["images"]
     except Exception:  # whatever a torn file leads the reader to
         return None

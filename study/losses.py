@@ -23,7 +23,7 @@ from study.consistency import (
     weight,
 )
 from study.data import Batch
-from study.factors import Continuous, DenoisingHead, Edm, Factors, Frozen, FromRun, Sigma
+from study.factors import Continuous, DenoisingHead, Edm, Factors, FromRun, Frozen, Sigma
 from study.factors import Denoising as DenoisingObjective
 from study.scores import Knowledge, Point, estimate
 
@@ -67,7 +67,8 @@ class Problem:
         """The loss of each row (B,) between levels r and t (B,) of the caller's choice."""
         f, sigma, x, mask = self.factors, self.sigma, batch.x, batch.mask
         x_t = x + along(t, x) * batch.z
-        head = isinstance(f.auxiliary, DenoisingHead)
+        denoising = isinstance(f.objective, DenoisingObjective)  # a source's, which has no head
+        head = isinstance(f.auxiliary, DenoisingHead) and not denoising
         plain = isinstance(f.objective, DenoisingObjective | Continuous)
         if not plain and not isinstance(f.target, Frozen):  # before the student's graph is held
             targets = self.targets(batch, x_t, r, t, progress)

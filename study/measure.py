@@ -18,11 +18,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from study import evaluate, probes
-from study.data import Dataset, to_uint8
+from study import evaluate, instruments, oracle, probes, trajectories
+from study.data import Dataset, to_float, to_uint8
 from study.factors import Denoising
 from study.models import Lookup, finished, knowledge, level_range
-from study.settings import HEUN_NFE
+from study.settings import HEUN_NFE, PROBES
 from study.spec import Run
 from study.store import Folder, write_bytes, write_json
 
@@ -57,6 +57,11 @@ class Snapshot:
 
     def _features(self, extractor: str, *address: object) -> Tensor:
         return evaluate.features(to_uint8(self.samples(*address)), extractor)
+
+
+    def classes(self, extractor: str, *address: object) -> Tensor:
+        """The extractor's class logits (n, classes) of samples."""
+        return evaluate.classes(to_uint8(self.samples(*address)), extractor)
 
 
 def distances(
@@ -108,6 +113,25 @@ def values(snapshot: Snapshot, record: Mapping[str, Any]) -> dict[str, Any]:
             "shares": shares.tolist(),
             "weights": true.tolist(),
         }
+    if kind == "coverage":
+        name, n = record["extractor"].partition(":")[0], record["samples"]
+        real = reference_features(dataset, n, name)["train"]
+        seen = evaluate.classes(evaluate.references(dataset, n)["train"], name)
+        return {
+            **evaluate.coverage(snapshot.features(name, *made(0)), real, record["neighbours"]),
+            **evaluate.class_histogram(snapshot.classes(name, *made(0)), seen),
+        }
+    if kind == "memorisation":
+        parts = [to_float(x) for x in (dataset.train, dataset.held_out)]
+        return evaluate.memorisation(snapshot.samples(*made(0)), *parts)
+    if kind == "pushforward":
+        x = oracle.quantiles(snapshot.sigma, record["points"])
+        x = torch.as_tensor(x, dtype=torch.float32, device=snapshot.device)[:, None]
+        with torch.no_grad():
+            y = snapshot.model(x, evaluate.filled(snapshot.sigma.max, x))[:, 0].double().cpu()
+        density = dataset.density.to("cpu")
+        result = oracle.pushforward(y, density, snapshot.sigma, record["reach"])
+        return result | {"value": result["w2"]}
     assert kind == "map_error", kind
     return probes.map_error(
         snapshot.model, dataset, snapshot.sigma, record["sigmas"], record["samples"]
@@ -134,6 +158,11 @@ def measure(
     """Makes what is due of a trained run; returns False where `stop` cut it short."""
     folder = lookup(run.id)
     points = {s["at"]: s["images"] for s in folder.trained["snapshots"]}
+    rows = min(run.recipe.factors.batch, evaluate.CHUNK)
+    teacher = cache(
+        lambda i: finished(sources[i].recipe.factors, lookup(i), dataset, device, rows)
+    )
+    paths = cache(lambda ids: instruments.denoisers(ids, dataset, teacher))
     snapshot = cache(lambda at, ema: Snapshot(run, folder, dataset, device, at, ema))
     due = folder.due(run, thorough=True)
     for settings in due:  # a torn one must not pass for a made one if making it fails
@@ -142,7 +171,24 @@ def measure(
         if stop():
             return False
         start, record = time.perf_counter(), settings.record
-        if record["kind"] == "score_error":
+        if record["kind"] in PROBES:
+            result = instruments.gradient(
+                run, sources, lookup, dataset, device, settings.at, record, teacher
+            )
+        elif record["kind"] == "trajectories":
+            last = snapshot(settings.at, record["ema"])
+            denoisers = paths(tuple(record["teachers"]))
+            result = trajectories.trajectories(
+                last.model,
+                denoisers,
+                dataset,
+                last.sigma,
+                record["sigmas"],
+                record["samples"],
+                record["steps"],
+                run.seed,
+            )
+        elif record["kind"] == "score_error":
             factors = run.recipe.factors
             result = probes.score_error(
                 factors.score,

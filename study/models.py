@@ -5,24 +5,27 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import assert_never
 
 import msgspec
 import torch
 from torch import Tensor, nn
 
-from study import data, networks
+from study import data, networks, oracle, schedules
 from study.capture import compiled, in_rows
 from study.consistency import Function, consistency, denoised, denoiser, scaled
 from study.data import Dataset
 from study.errors import StudyError
 from study.factors import (
     Adam,
+    Analytic,
     Consistency,
     Continuous,
     DenoisingHead,
     Ema,
     Factors,
+    FixedPoint,
     FromRun,
     Frozen,
     Optimizer,
@@ -76,6 +79,18 @@ def has_head(factors: Factors) -> bool:
     return head and "auxiliary" not in ignored(factors)
 
 
+def fixed_point(factors: Factors, dataset: Dataset) -> Function:
+    """f(x_T, T) (B, 1) of the oracle, whatever t it is called with."""
+    sigma, N = level_range(factors, dataset), schedules.grid_points(factors.discretization, 1.0)
+    match factors.score:
+        case Analytic():
+            f = oracle.consistency_distillation(dataset.density, sigma, N, factors.solver)
+        case _:
+            draws = getattr(factors.score, "k", 1)
+            f = oracle.consistency_training(dataset.density, sigma, N, factors.distance, draws)
+    return lambda x_t, _: torch.as_tensor(f(x_t[:, 0].double(), sigma.max)).to(x_t)[:, None]
+
+
 def finished(
     factors: Factors,
     folder: Folder,
@@ -86,7 +101,10 @@ def finished(
     ema: float | None = None,
 ) -> Function:
     """A trained run as its function, in the precision it was trained in: the denoiser D(x_t, t)
-    or the consistency model f(x_t, t). rows: the batch that it is compiled for on a GPU."""
+    or the consistency model f(x_t, t). rows: the batch that it is compiled for on a GPU. A fixed
+    point is known as a function at t = sigma_max."""
+    if isinstance(factors.objective, FixedPoint):
+        return fixed_point(factors, dataset)
     head = has_head(factors)
     net = networks.build(factors.network, dataset.shape, 0.0, 0, "", factors.precision, head)
     net.load_state_dict(weights_at(folder, at, ema or factors.weights_ema[0]))
@@ -97,6 +115,7 @@ def finished(
     return in_rows(lambda x_t, t: function(net, x_t, t, sigma), rows, device)
 
 
+@lru_cache(maxsize=2)
 def law_of(dataset: Dataset) -> Posterior | Density:
     """What training draws x from, with its posterior: the training set, or endless data."""
     return dataset.density if dataset.train is None else Posterior(data.to_float(dataset.train))

@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 
 from study.errors import StudyError, nearest
-from study.factors import FashionMnist
+from study.factors import FashionMnist, Images
 from study.launch import Launcher, devices
 from study.progress import Display, label, state_table
 from study.resolve import load
@@ -101,6 +101,10 @@ def fetch_data(study: Study) -> None:
             from study import fashion_mnist  # numpy, which --plan and --status do without
 
             fashion_mnist.load(None if data.root is None else Path(data.root))
+        elif isinstance(data, Images):
+            from study import folder
+
+            folder.load(Path(data.root), data.held_out)
 
 
 def forecast(store: Store, new: list[Run]) -> tuple[float, int] | None:

@@ -97,9 +97,10 @@ def pair(
     """Levels r < t (B,), float32: neighbours on the grid of N points, or ECT's mapping of t."""
     t = level(law, u, sigma)
     if isinstance(discretization, EctMapping):
+        t = t.clamp(min=sigma.min * (1 + LEAST))
         near = 1 + discretization.k * torch.sigmoid(-discretization.b * t)
-        r = (t * (1 - near / N)).clamp(min=sigma.min)
-        return torch.minimum(r, t * (1 - LEAST)).float(), t.float()
+        r = torch.minimum(t * (1 - near / N), t * (1 - LEAST)).clamp(min=sigma.min)
+        return r.float(), t.float()
     low, high = sigma.min ** (1 / sigma.rho), sigma.max ** (1 / sigma.rho)
     share = (t ** (1 / sigma.rho) - low) / (high - low)
     i = (share * (N - 1)).floor().clamp(min=0).clamp(max=N - 2)

@@ -115,17 +115,21 @@ def _blend(score: Blend, known: Knowledge, at: Point) -> Tensor:
     return mean + rest * known.law.denoiser(at.x_t, at.t) if rest else mean
 
 
-def _self_normalised(law: Posterior, at: Point, n: int, shared: bool) -> Tensor:
+def _self_normalised(law: Posterior | Density, at: Point, n: int, shared: bool) -> Tensor:
     """sum_j w_j x_j / sum_j w_j over x and n - 1 references, w_j = exp(-|x_t - x_j|^2 / (2 t^2)).
 
     Logits are taken beside x's own, |x_t - x_j|^2 - |x_t - x|^2 = |x - x_j|^2
-    + 2 <x_t - x, x - x_j>, which loses no digits where t is small.
+    + 2 <x_t - x, x - x_j>, which loses no digits where t is small. Endless data have no set to
+    draw references from but the batch; a row's own x is then left out of its draws.
     """
-    x, t, pool = at.x.flatten(1), at.t, law.x.flatten(1)
+    finite = isinstance(law, Posterior)
+    x, t = at.x.flatten(1), at.t
+    pool = law.x.flatten(1) if finite else x
     z = at.x_t.flatten(1) - x
     rows = len(x) if shared else max(1, CHUNK // (n * x.shape[1]))
     count = n - 1 if shared else len(x) * (n - 1)
     chosen = noise.words(at.draw, REFERENCES, (count,)) % len(pool)
+    row = torch.arange(len(x), device=x.device)[:, None]
     parts = []
     for i in range(0, len(x), rows):
         own, e = x[i : i + rows], z[i : i + rows]
@@ -138,6 +142,9 @@ def _self_normalised(law: Posterior, at: Point, n: int, shared: bool) -> Tensor:
             offset = own[:, None] - others
             apart, along = offset.square().sum(2), torch.einsum("bd,bnd->bn", e, offset)
         logits = -(apart / 2 + along) / t[i : i + rows, None].square()
+        if not finite:
+            itself = chosen.view(1 if shared else len(x), n - 1) == row
+            logits = logits.masked_fill(itself[i : i + rows], -torch.inf)
         w = torch.cat([torch.zeros_like(logits[:, :1]), logits], 1).softmax(1)
         mean = w[:, 1:] @ others if shared else torch.einsum("bn,bnd->bd", w[:, 1:], others)
         parts.append(w[:, :1] * own + mean)

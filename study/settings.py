@@ -279,6 +279,7 @@ def settings_of(measure: Measure, factors: Factors, role: str) -> Iterator[Setti
             shared = {f: getattr(measure.fid, f) for f in plain if hasattr(measure.fid, f)}
             plain = {f: shared.get(f) if v is None else v for f, v in plain.items()}
         points = plain.pop("at") or measure.at
+        points = (1.0,) if isinstance(factors.objective, FixedPoint) else points
         asked = plain.pop("ema", None)  # of variants; of a source, the weights that others read
         lengths = asked if asked and role == "student" else factors.weights_ema[:1]
         lengths = ("raw",) if kind in PROBES else lengths

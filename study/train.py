@@ -20,11 +20,11 @@ from study.budget import Spend, passes, snapshot_images
 from study.capture import compiled, gradient
 from study.data import Dataset, Draws
 from study.errors import StudyError
-from study.factors import ignored
+from study.factors import FixedPoint, ignored
 from study.models import Lookup, initial, level_range, make_optimizer, make_problem
 from study.settings import snapshot_points
 from study.spec import Run
-from study.store import append_line, read_lines, sha256, write_bytes, write_json
+from study.store import Folder, append_line, read_lines, sha256, write_bytes, write_json
 from study.weights import average, digest, load_tensors, power_gamma, save_tensors, snapshot_name
 
 LOG_ROWS = 200
@@ -62,6 +62,25 @@ def stream_digest(draws: Draws) -> str:
     return digest({"x": first.x, "z": first.z, "u": first.u})
 
 
+def computed(folder: Folder, run: Run, dataset: Dataset) -> bool:
+    """A fixed point is not trained: its map is computed where it is measured, and nothing spent."""
+    write_json(
+        folder.file("trained.json"),
+        {
+            "id": run.id,
+            "sigma_data": dataset.std,
+            "data_digest": dataset.digest,
+            "inputs": {},
+            "outcome": "trained",
+            "reason": None,
+            "spend": msgspec.to_builtins(Spend()),
+            "snapshots": [{"at": 1.0, "images": 0, "file": None}],
+            "sha256": {},
+        },
+    )
+    return True
+
+
 def train(
     run: Run,
     sources: Mapping[str, Run],
@@ -78,6 +97,8 @@ def train(
     run reads of others, the same for as long as it trains.
     """
     factors, folder = run.recipe.factors, lookup(run.id)
+    if isinstance(factors.objective, FixedPoint):
+        return computed(folder, run, dataset)
     budget, batch = factors.budget.images, factors.batch
     net = compiled(initial(run, sources, lookup, dataset), device)
     facts = {

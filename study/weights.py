@@ -58,7 +58,12 @@ def snapshot_name(at: float) -> str:
 
 
 def weights_at(folder: Folder, at: float, ema: float) -> dict[str, Tensor]:
-    """The averaged weights of one snapshot by parameter name.
+    """The averaged weights of one snapshot by parameter name. Raises as `snapshot_at`."""
+    return snapshot_at(folder, at)["ema"][str(ema)]
+
+
+def snapshot_at(folder: Folder, at: float) -> dict[str, Any]:
+    """Everything of one snapshot: raw weights, averages, target, the optimiser's second moment.
 
     Raises StudyError where the file is gone, or is not the one that training wrote.
     """
@@ -67,7 +72,7 @@ def weights_at(folder: Folder, at: float, ema: float) -> dict[str, Tensor]:
         raise StudyError(f"{path}: gone; without weights nothing can be re-measured or built on")
     if sha256(path) != folder.trained["sha256"][snapshot_name(at)]:
         raise StudyError(f"{path}: not the file that training wrote (its SHA-256 has changed)")
-    return load_tensors(path)["ema"][str(ema)]
+    return load_tensors(path)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
