@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
 
 from study import schedules, seeds
-from study.data import Dataset, to_uint8
+from study.data import Dataset, to_float, to_uint8
 from study.errors import StudyError
 from study.extractors.load import load as load_extractor
 from study.factors import Sigma
+from study.posterior import FEW, NEAR
 
 CHUNK = 512
 FID, KID = "frechet_inception_distance", "kernel_inception_distance_mean"
@@ -173,3 +175,144 @@ def mode_mass(x: Tensor, means: Tensor, stds: Tensor) -> tuple[np.ndarray, float
     inside = near <= BETWEEN + math.sqrt(x.shape[1]) - 1
     shares = torch.bincount(mode[inside], minlength=len(means)).cpu().numpy() / len(x)
     return shares, float(1 - inside.double().mean())
+
+
+# --- what samples repeat, and what they leave out ---
+
+
+def nearest(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """L2 distance (n,), float64, from each of a (n, ...) to the nearest of b (m, ...), and its
+    index (n,); of uint8 images as of x in [-1, 1].
+
+    In many dimensions one product finds the NEAR nearest, up to float32's rounding, and plain
+    differences in float64 decide among them; in few, all are plain differences.
+    """
+    a, b = (to_float(x).flatten(1) for x in (a, b))
+    centre = b.mean(0)
+    centred = b - centre
+    half = centred.square().sum(1) / 2
+    distances, indices = [], []
+    for part in a.split(CHUNK):
+        if b.shape[1] <= FEW:
+            near = torch.cdist(part, b, compute_mode="donot_use_mm_for_euclid_dist").neg()
+        else:
+            near = (part - centre) @ centred.T - half
+        near = near.topk(min(NEAR, len(b)), 1).indices  # (B, NEAR)
+        squares = [(part.double() - b[i]).square().sum(1) for i in near.unbind(1)]
+        square, best = torch.stack(squares, 1).min(1, keepdim=True)
+        distances.append(square[:, 0].sqrt())
+        indices.append(near.gather(1, best)[:, 0])
+    return torch.cat(distances), torch.cat(indices)
+
+
+@lru_cache(maxsize=1)
+def held_out_distance(train: Tensor, held_out: Tensor) -> float:
+    """Median distance of held-out images to the training set: the same for every snapshot that
+    asks with the same tensors."""
+    return float(nearest(held_out, train)[0].median())
+
+
+def nearer(
+    train: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor], n: int, m: int
+) -> tuple[float, float]:
+    """The share of samples whose nearest of n training images is nearer than that of m held-out
+    ones, a tie counting half, from `nearest` of both; and the share's standard deviation over all
+    ways of calling n of the n + m images the training set."""
+    (own, own_index), (new, new_index) = train, held_out
+    share = float(((own < new).double() + (own == new).double() / 2).mean())
+    winners = torch.where(own <= new, own_index, n + new_index)
+    wins = torch.bincount(winners, minlength=n + m).double()  # samples that an image is nearest to
+    return share, float(wins.std()) * math.sqrt(n * m / (n + m)) / len(own)
+
+
+@torch.no_grad()
+def memorisation(samples: Tensor, train: Tensor, held_out: Tensor) -> dict[str, Any]:
+    """Are samples nearer to training images than to images that were never trained on? All (n,
+    ...), uint8 images or x in [-1, 1]; distances are L2 over all pixels of x.
+
+    "value": share of samples whose nearest of m training images is nearer than their nearest of m
+    held-out ones, a tie counting half; "images": m, the size of the smaller part, a fixed choice
+    of each. 0.5 where nothing is memorised. Where every sample copies a training image it is 1 if
+    all n of these are compared, but (1 + m / n) / 2 if m of them are, so "excess" compares all n
+    with the m: (share - n / (n + m)) / (m / (n + m)), 0 where nothing is memorised, 1 where
+    everything is, whatever the sizes.
+
+    "value_se" is binomial, of the samples given the images. "null_se", "excess_null_se": standard
+    deviations over all ways of calling as many of the compared images the training set, which is
+    what luck in images and samples does where nothing is memorised: larger than binomial, as many
+    samples may share a nearest image.
+
+    "nearest_train", "nearest_held_out": median distance of samples, and of held-out images, to the
+    nearest of the whole training set; "ratio": of the two (Meehan et al. 2020, arXiv 2004.05675,
+    compare the same distances), 1 where samples are as new as new images.
+    """
+    n, m = len(train), min(len(train), len(held_out))
+    chosen = {}
+    for name, x in (("train", train), ("held_out", held_out)):
+        generator = torch.Generator().manual_seed(seeds.number(0, "memorisation", name))
+        chosen[name] = torch.randperm(len(x), generator=generator).to(x.device)
+    new = nearest(samples, held_out[chosen["held_out"][:m]])
+    own = whole = nearest(samples, train[chosen["train"][:m]])
+    if n > m:
+        rest = nearest(samples, train[chosen["train"][m:]])
+        in_own = own[0] <= rest[0]
+        whole = torch.minimum(own[0], rest[0]), torch.where(in_own, own[1], m + rest[1])
+    value, null = nearer(own, new, m, m)
+    share, share_null = nearer(whole, new, n, m)
+    near, yardstick = float(whole[0].median()), held_out_distance(train, held_out)
+    return {
+        "value": value,
+        "value_se": math.sqrt(value * (1 - value) / len(samples)),
+        "null_se": null,
+        "images": m,
+        "excess": 1 - (1 - share) * (n + m) / m,
+        "excess_null_se": share_null * (n + m) / m,
+        "nearest_train": near,
+        "nearest_held_out": yardstick,
+        "ratio": near / yardstick if yardstick else math.nan,
+    }
+
+
+def coverage(features: Tensor, reference_features: Tensor, neighbours: int) -> dict[str, Any]:
+    """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991), by
+    torch-fidelity, of samples' features (n, F) and real ones' (m, F).
+
+    "precision": share of samples that lie within some real image's distance to its
+    `neighbours`-th nearest real one; "recall", which is "value": share of real images that lie
+    within some sample's, likewise. Both grow with `neighbours` and depend on n and m: compare at
+    equal ones. Raises StudyError where there are no more points than neighbours.
+    """
+    fewest = min(len(features), len(reference_features))
+    if fewest <= neighbours:
+        raise StudyError(f"coverage.neighbours: {neighbours} asked for among {fewest} samples")
+    out = prc_features_to_metric(
+        features.double(),
+        reference_features.double(),
+        prc_neighborhood=neighbours,
+        prc_batch_size=CHUNK,
+        save_cpu_ram=True,
+        verbose=False,
+    )
+    precision, recall = float(out["precision"]), float(out["recall"])
+    return {"precision": precision, "recall": recall, "value": recall}
+
+
+def class_histogram(logits: Tensor, reference_logits: Tensor) -> dict[str, Any]:
+    """The classes that a classifier sees in samples and in real images, from logits (n, classes)
+    and (m, classes).
+
+    "shares", "reference_shares": share of each class, by the largest logit; "tv": the total
+    variation distance of the two, half the sum of absolute differences; "entropy_ratio": entropy
+    of the first over that of the second, below 1 where classes were lost.
+    """
+    shares, real = (
+        torch.bincount(x.argmax(1), minlength=x.shape[1]).double() / len(x)
+        for x in (logits, reference_logits)
+    )
+    entropies = [float(torch.special.entr(p).sum()) for p in (shares, real)]
+    return {
+        "shares": shares.tolist(),
+        "reference_shares": real.tolist(),
+        "tv": float((shares - real).abs().sum() / 2),
+        "entropy_ratio": entropies[0] / entropies[1] if entropies[1] else math.nan,
+    }

@@ -22,12 +22,11 @@ noise of the steps, each of variance ((t - r) / t)^2 Var[x_0 | x_t] / K, sums to
 and what starts within its root of a watershed of the flow ends between two modes. That share, of
 order (N K)^(-1/2), is a bias: no batch and no training time removes it.
 
-Tables: at each level nodes are added until neither f_t nor the posterior mean D rises by more than
-RISE from one to the next (D turns where the posterior changes its mode, however flat f_t still is
-there), with monotone cubics between them. Expectations within a component are Gauss-Hermite sums
-for the mean; for pseudo-Huber, whose derivative is all but a step at small c, sums over cells on
-each of which f_r counts as linear and is integrated in closed form. Shares of outputs are right to
-3e-4 under L2 and 7e-4 under pseudo-Huber, distances to 3e-4; fineness = 2 halves that.
+Tables: at each level nodes are added until f_t rises by at most RISE from one to the next, with
+monotone cubics between them. Expectations within a component are Gauss-Hermite sums for the mean;
+for pseudo-Huber, whose derivative is all but a step at small c, sums over cells on each of which
+f_r counts as linear and is integrated in closed form. Up to N = 1280 shares of outputs are right
+to 3e-4 under L2 and 7e-4 under pseudo-Huber, distances to 3e-4; fineness = 2 halves that.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ Location = Callable[[Array, Array], Array]  # of weights (B, C) and values (B, C
 
 REACH = 9.0  # tables end this many standard deviations from the outermost mode
 SPACING = 0.25  # between a table's first nodes, in standard deviations of the narrowest component
-RISE = 0.01  # of f_t and D from node to node, in standard deviations of the data
+RISE = 0.01  # of f_t from node to node, in standard deviations of the data
 NARROWEST = 1e-9  # where f_t jumps: the last split, in the unit of SPACING
 POINTS = 16  # Gauss-Hermite points within a component at K = 1
 CELLS = 48  # cells on +-6 standard deviations, in place of these under pseudo-Huber
@@ -201,12 +200,11 @@ def tabulated(
     means, stds, _ = (part.numpy() for part in parameters(density))
     tables: list[Callable[[Array], Array]] = [lambda x: x]
 
-    def rows(x: Array, t: float, r: float) -> Array:
-        """f_t and D at x, (2, B)."""
+    def f(x: Array, t: float, r: float) -> Array:
         weights, centres, spread = law(x, t)
         drawn = centres[:, :, None] + spread[:, None] * z
         x_r = x[:, None, None] + (r - t) / t * (x[:, None, None] - drawn)
-        return np.stack([location(weights, tables[-1](x_r)), (weights * centres).sum(1)])
+        return location(weights, tables[-1](x_r))
 
     rise = RISE * density.std() / fineness
     for r, t in zip(levels[:-1].tolist(), levels[1:].tolist(), strict=True):
@@ -214,15 +212,15 @@ def tabulated(
         low, high = (means - REACH * wide).min(), (means + REACH * wide).max()
         step = SPACING * wide.min()
         x = np.linspace(low, high, math.ceil(fineness * (high - low) / step) + 1)
-        y = rows(x, t, r)
+        y = f(x, t, r)
         while True:
-            steep = (np.diff(y) > rise).any(0) & (np.diff(x) > NARROWEST * step)
+            steep = (np.diff(y) > rise) & (np.diff(x) > NARROWEST * step)
             if not steep.any():
                 break
             after = np.flatnonzero(steep) + 1
             middles = (x[after - 1] + x[after]) / 2
-            x, y = np.insert(x, after, middles), np.insert(y, after, rows(middles, t, r), axis=1)
-        tables.append(interpolant(x, np.maximum.accumulate(y[0])))  # rounding aside, it rises
+            x, y = np.insert(x, after, middles), np.insert(y, after, f(middles, t, r))
+        tables.append(interpolant(x, np.maximum.accumulate(y)))  # rounding aside, it rises
     return FixedPoint(levels, lambda i, x: torch.from_numpy(tables[i](x.numpy())))
 
 
@@ -252,7 +250,6 @@ def huber(c: float, count: int) -> tuple[Array, Location]:
     """
     z = np.linspace(-6, 6, count + 1)
     shares = np.diff(ndtr(z)) / (2 * ndtr(6) - 1)
-    variance = shares @ (z[:-1] ** 2 + z[:-1] * z[1:] + z[1:] ** 2) / 3
 
     def location(weights: Array, values: Array) -> Array:
         def above(y: Array) -> Array:
@@ -263,7 +260,7 @@ def huber(c: float, count: int) -> tuple[Array, Location]:
 
         return bisect(above, values.min((1, 2)), values.max((1, 2)))
 
-    return z / variance**0.5, location  # unit variance, which cells of flat density exceed
+    return z, location
 
 
 # --- the law of D^ ---

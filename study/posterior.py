@@ -42,8 +42,8 @@ class Posterior:
     int64 scalar below 2^31 on x's device, whatever the size of a block.
 
     Besides x, its centred copy and what is returned, memory is bounded by a block of at most
-    max(n, CHUNK) weights: 12 bytes each, or 50 for `posterior_noise`, a GiB at most while n is
-    below CHUNK. `posterior_draws` adds 60 k B sqrt(n) bytes.
+    max(n, CHUNK) weights: 20 bytes each, or 45 for `posterior_noise`: 3/4 GiB while n is below
+    CHUNK, for every batch. `posterior_draws` adds 60 k B sqrt(n) bytes.
     """
 
     def __init__(self, x: Tensor) -> None:

@@ -128,14 +128,15 @@ def _self_normalised(law: Posterior | Density, at: Point, n: int, shared: bool) 
     z = at.x_t.flatten(1) - x
     rows = len(x) if shared else max(1, CHUNK // (n * x.shape[1]))
     count = n - 1 if shared else len(x) * (n - 1)
-    chosen = noise.words(at.draw, REFERENCES, (count,)) % len(pool)
+    # by the words' high bits: the lowest ones are alike under keys that differ in few bits
+    chosen = noise.words(at.draw, REFERENCES, (count,)) * len(pool) >> 32
     row = torch.arange(len(x), device=x.device)[:, None]
     parts = []
     for i in range(0, len(x), rows):
         own, e = x[i : i + rows], z[i : i + rows]
         if shared:
             others = pool[chosen]  # (n - 1, d)
-            apart = (own.square().sum(1, keepdim=True) + others.square().sum(1)) - 2 * own @ others.T
+            apart = torch.cdist(own, others, compute_mode="donot_use_mm_for_euclid_dist").square()
             along = (e * own).sum(1, keepdim=True) - e @ others.T
         else:
             others = pool[chosen.view(len(x), -1)[i : i + rows]]  # (b, n - 1, d)

@@ -15,10 +15,12 @@ from study import consistency, networks, schedules
 from study.consistency import distance, solver_step, weight
 from study.data import Batch
 from study.factors import (
+    L1,
     L2,
     Analytic,
     Budget,
     Denoising,
+    Edm,
     Ema,
     Euler,
     Factors,
@@ -26,6 +28,7 @@ from study.factors import (
     Frozen,
     Heun,
     InverseStep,
+    L2Norm,
     Mixture,
     Mlp,
     PseudoHuber,
@@ -36,8 +39,8 @@ from study.factors import (
     Unet,
     Uniform,
 )
-from study.mixtures import GaussianMixture
 from study.losses import Problem
+from study.mixtures import GaussianMixture
 from study.scores import Knowledge
 
 SIGMA = Sigma(data=0.5)
@@ -71,7 +74,9 @@ def batch(mixture: GaussianMixture, n: int, seed: int = 0, u: float | None = Non
     x = mixture.sample(n, generator)
     z = torch.randn(x.shape, generator=generator, dtype=x.dtype)
     drawn = torch.rand(n, generator=generator, dtype=torch.float64)
-    return Batch(x, z, drawn if u is None else torch.full_like(drawn, u), torch.tensor(77), torch.tensor(78))
+    return Batch(
+        x, z, drawn if u is None else torch.full_like(drawn, u), torch.tensor(77), torch.tensor(78)
+    )
 
 
 def z_score(rows: Tensor) -> float:
@@ -294,6 +299,56 @@ def test_l2_is_the_mean_over_dimensions() -> None:
     assert distance(L2(), a, b).tolist() == [12.5, 12.5]
 
 
+def test_distances_in_numbers() -> None:
+    """Apart by (3, 4, 0, 0): sum |.| = 7, the length 5, its square 25. c0 = 6 gives c = 12 and
+    sqrt(25 + 144) - 12 = 1. A second row lies at its target."""
+    a, b = torch.zeros(2, 1, 2, 2).double(), torch.zeros(2, 1, 2, 2).double()
+    a[0, 0, 0], b[0, 0, 0, 1] = torch.tensor([3.0, 1.0]), -3.0
+    for kind, expected in [(L1(), 1.75), (L2Norm(), 5.0), (L2(), 6.25), (PseudoHuber(c0=6), 1.0)]:
+        assert distance(kind, a, b).tolist() == pytest.approx([expected, 0.0], rel=1e-12)
+        assert distance(kind, b, a).tolist() == pytest.approx([expected, 0.0], rel=1e-12)
+
+
+def test_pseudo_huber_lies_between_the_norm_and_its_square() -> None:
+    """sqrt(u^2 + c^2) - c = u - c + c^2 / 2u - ... for c << u, u^2 / 2c - u^4 / 8c^3 for c >> u."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 30, 3, 4, 4, generator=generator, dtype=torch.float64)
+    norm, root = distance(L2Norm(), a, b), 48**0.5
+    torch.testing.assert_close(norm, (a - b).flatten(1).norm(dim=1))
+    small = distance(PseudoHuber(c0=1e-6), a, b)
+    torch.testing.assert_close(small, norm - 1e-6 * root, rtol=1e-10, atol=0)
+    c = 1e4 * root
+    large = distance(PseudoHuber(c0=1e4), a, b)
+    torch.testing.assert_close(large, norm**2 / (2 * c), rtol=1e-7, atol=0)
+    torch.testing.assert_close(large, distance(L2(), a, b) * 48 / (2 * c), rtol=1e-7, atol=0)
+
+
+def test_gradients_of_the_norms() -> None:
+    """l2_norm's is the unit vector, and 0 where a = b, not nan; l1's the signs over d."""
+    a = torch.tensor([[3.0, -4.0, 0.0], [1.0, 1.0, 1.0], [1e-30, 0.0, 0.0]])
+    b = torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
+    a.requires_grad_()
+    distance(L2Norm(), a, b).sum().backward()
+    assert a.grad.isfinite().all()
+    assert a.grad[0].tolist() == pytest.approx([0.6, -0.8, 0.0])
+    assert a.grad[1].tolist() == [0.0, 0.0, 0.0]
+    a.grad = None
+    distance(L1(), a, b).sum().backward()
+    third = 1 / 3
+    assert a.grad[:2].flatten().tolist() == pytest.approx([third, -third, 0.0, 0.0, 0.0, 0.0])
+
+
+def test_edms_weight() -> None:
+    """(t^2 + s^2) / (t s)^2 at s = .5: t = .5: .5 / .0625 = 8; t = 1: 1.25 / .25 = 5; far away
+    1 / s^2 = 4; at t = .002: .250004 / 1e-6. It is 1 / c_out^2, so EDM's loss is one of F."""
+    t = torch.tensor([0.5, 1.0, 1e4, 0.002])
+    found = weight(Edm(), t, 0 * t, SIGMA)
+    assert found.tolist() == pytest.approx([8.0, 5.0, 4.0, 250_004.0], rel=1e-6)
+    ones, zeros = torch.ones(4, 1), torch.zeros(4, 1)
+    c_out = consistency.denoised(ones, zeros, t, SIGMA)[:, 0]
+    torch.testing.assert_close(found * c_out.square(), torch.ones(4))
+
+
 def test_weights() -> None:
     t, r = torch.tensor([1.0, 80.0]), torch.tensor([0.75, 30.0])
     assert weight(InverseStep(), t, r, SIGMA).tolist() == pytest.approx([4.0, 0.02])
@@ -401,9 +456,7 @@ def test_masks_shared_at_neighbouring_levels_cancel() -> None:
     problem = Problem(factors(weighting=Uniform(), dropout=0.5), SIGMA, net)
     r, t = schedules.pair(Fixed(N=20), problem.factors.law, b.u, 100_000, SIGMA)
     x_t = b.x + t[:, None] * b.z
-    kept, other = (
-        consistency.consistency(net, x_t, t, SIGMA, torch.tensor(k)) for k in (77, 78)
-    )
+    kept, other = (consistency.consistency(net, x_t, t, SIGMA, torch.tensor(k)) for k in (77, 78))
     apart = (kept - other).square().sum(1).mean()
     assert problem.loss(b, 100_000) < 1e-5 * apart
 
@@ -477,7 +530,7 @@ def test_frozen_target_is_compared_at_the_same_point_with_weight_one() -> None:
         problem.losses(b, 20), torch.full((100,), 0.04).double(), rtol=1e-4, atol=0
     )
     assert len(net.calls) == 1 and net.calls[0][2] is b.mask
-    (x_t, t), = points(net)
+    ((x_t, t),) = points(net)
     torch.testing.assert_close(x_t, b.x + t[:, None] * b.z, rtol=1e-4, atol=1e-5)
     expected = schedules.level(problem.factors.law, b.u, SIGMA)
     torch.testing.assert_close(t.double(), expected, rtol=1e-5, atol=0)
@@ -496,7 +549,7 @@ def test_denoising_loss_is_d_at_every_level_at_initialisation(u: float) -> None:
 def test_denoising_sees_the_level_itself_and_the_mask() -> None:
     b, net = batch(GAUSS, 100), constant(0)
     Problem(factors(objective=Denoising(), discretization=Fixed(N=2)), SIGMA, net).loss(b, 2)
-    (x_t, t), = points(net)
+    ((x_t, t),) = points(net)
     expected = schedules.level(factors().law, b.u, SIGMA)
     torch.testing.assert_close(t.double(), expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(x_t, b.x + t[:, None] * b.z, rtol=1e-4, atol=1e-5)

@@ -18,7 +18,20 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from study import data, evaluate
 from study.data import Dataset
-from study.evaluate import FID, KID, fid, heun, kid, mode_mass, multistep, sliced_wasserstein
+from study.errors import StudyError
+from study.evaluate import (
+    FID,
+    KID,
+    class_histogram,
+    coverage,
+    fid,
+    heun,
+    kid,
+    memorisation,
+    mode_mass,
+    multistep,
+    sliced_wasserstein,
+)
 from study.factors import Digits, Mixture, Sigma
 from study.mixtures import GaussianMixture
 
@@ -287,3 +300,133 @@ def test_samples_of_an_exact_model_have_the_floors_distance() -> None:
     real = [dataset.fresh(4000, torch.Generator().manual_seed(i)) for i in range(8)]
     floor = [sliced_wasserstein(a, b, 4) for a, b in itertools.combinations(real, 2)]
     assert sliced_wasserstein(x, real[0], 4) < max(floor) + 0.02
+
+
+# --- what samples repeat, and what they leave out ---
+
+
+def wide(n: int, seed: int, d: int = 40) -> Tensor:
+    return normal(n, d, seed=seed).float()
+
+
+@pytest.mark.parametrize("d", [2, 40])
+def test_nearest_is_the_nearest(d: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of near-duplicates far from the origin, where float32's product loses all digits."""
+    b = 30 + wide(300, 0, d)
+    b[150:] = b[:150] + 1e-3 * wide(150, 1, d)
+    a = torch.cat([b[:40], b[:60] + 4e-4 * wide(60, 2, d)])
+    apart = (a.double()[:, None] - b.double()).norm(dim=2)
+    monkeypatch.setattr(evaluate, "CHUNK", 7)
+    distance, index = evaluate.nearest(a, b)
+    assert torch.equal(index, apart.argmin(1))
+    torch.testing.assert_close(distance, apart.min(1).values)
+    assert distance[:40].max() == 0
+
+
+def test_nearest_reads_uint8_images_as_the_data_does() -> None:
+    black, grey = torch.zeros(1, 1, 8, 8).byte(), torch.full((1, 1, 8, 8), 51).byte()
+    distance, _ = evaluate.nearest(grey, black)
+    assert distance.item() == pytest.approx(8 * 51 / 127.5, rel=1e-6)
+    distance, _ = evaluate.nearest(torch.full((1, 1, 8, 8), -0.6), black)
+    assert distance.item() == pytest.approx(8 * 0.4, rel=1e-6)
+
+
+def test_training_images_are_memorised_and_held_out_images_the_opposite() -> None:
+    train, held_out = wide(500, 0), wide(200, 1)
+    result = memorisation(train, train, held_out)
+    # of the others, that are not among the 200 chosen, half are nearer to training images
+    assert result["images"] == 200
+    assert result["value"] == pytest.approx((1 + 200 / 500) / 2, abs=0.12)
+    assert result["excess"] == 1.0
+    assert result["nearest_train"] == result["ratio"] == 0.0
+    assert result["nearest_held_out"] == float(evaluate.nearest(held_out, train)[0].median())
+    whole = memorisation(train[:200] + 1e-3, train[:200], held_out)
+    assert whole["value"] == whole["excess"] == 1.0 and whole["value_se"] == 0.0
+    assert whole["nearest_train"] == pytest.approx(1e-3 * math.sqrt(40), rel=1e-3)
+    assert whole["ratio"] < 0.01
+    other = memorisation(held_out, train, held_out)
+    assert other["value"] == 0.0 and other["ratio"] == 1.0
+
+
+def test_new_draws_are_half_and_half_within_the_null_error() -> None:
+    """Over many training sets; in 40 dimensions few images are nearest to many samples, so the
+    binomial error is too small."""
+    parts = [(300, 0), (700, 1000), (300, 2000)]
+    results = [memorisation(*(wide(n, start + i) for n, start in parts)) for i in range(200)]
+    found = {key: torch.tensor([r[key] for r in results]) for key in results[0]}
+    for key, null, expected in (("value", "null_se", 0.5), ("excess", "excess_null_se", 0.0)):
+        off, error = found[key] - expected, found[null]
+        assert abs(float(off.mean())) < 4 * float(off.std()) / math.sqrt(200)
+        assert (off.abs() < 4 * error).all()
+        assert float(error.mean() / off.std()) == pytest.approx(1.0, abs=0.2)
+    assert found["null_se"].mean() > 1.3 * found["value_se"].mean()
+    assert float(found["value_se"].mean()) == pytest.approx(0.5 / math.sqrt(300), rel=0.05)
+    assert float(found["ratio"].mean()) == pytest.approx(1.0, abs=0.01)
+
+
+def test_with_many_images_new_draws_are_half_within_the_binomial_error() -> None:
+    train, held_out, x = wide(20_000, 0, 2), wide(20_000, 1, 2), wide(400, 2, 2)
+    result = memorisation(x, train, held_out)
+    assert abs(result["value"] - 0.5) < 4 * result["value_se"]
+    assert result["null_se"] == pytest.approx(result["value_se"], rel=0.1)
+
+
+def test_memorisation_by_hand() -> None:
+    """On a line: at .1 and .2 the training image 0 is nearer, at .9 the held-out 1, at .5 both."""
+    train, held_out = torch.tensor([[0.0]]), torch.tensor([[1.0]])
+    result = memorisation(torch.tensor([[0.125], [0.25], [0.875], [0.5]]), train, held_out)
+    assert result["value"] == 2.5 / 4
+    assert result["value_se"] == pytest.approx(math.sqrt(0.625 * 0.375 / 4))
+    # either of the two images may be the training one: 3 / 4 or 1 / 4, the tie with the first
+    assert result["null_se"] == pytest.approx(0.25)
+    assert result["excess"] == 2 * result["value"] - 1
+    assert result["excess_null_se"] == pytest.approx(0.5)
+    assert result["nearest_train"] in (0.25, 0.5) and result["nearest_held_out"] == 1.0
+    again = memorisation(train, train, train)
+    assert again["value"] == 0.5 and math.isnan(again["ratio"])
+
+
+def test_coverage_of_the_same_apart_and_half_the_modes() -> None:
+    x = normal(100, 5)
+    assert coverage(x, x, 3) == {"precision": 1.0, "recall": 1.0, "value": 1.0}
+    assert coverage(x + 100, x, 3) == {"precision": 0.0, "recall": 0.0, "value": 0.0}
+    modes = torch.cat([x, x + 100])
+    half = coverage(x, modes, 3)
+    assert (half["precision"], half["recall"], half["value"]) == (1.0, 0.5, 0.5)
+    assert coverage(modes, x, 3)["precision"] == 0.5
+    with pytest.raises(StudyError, match="100 asked for among 100"):
+        coverage(x, modes, 100)
+
+
+def test_coverage_of_new_draws_of_half_the_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = normal(600, 2)
+    real[300:] += 50
+    made = normal(400, 2, seed=1)
+    result = coverage(made, real, 5)
+    assert result["recall"] == pytest.approx(0.49, abs=0.02) and result["precision"] > 0.95
+    monkeypatch.setattr(evaluate, "CHUNK", 33)
+    assert coverage(made, real, 5) == result
+
+
+def test_coverage_by_hand() -> None:
+    """On a line with one neighbour: real 0, 1, 5 have radii 1, 1, 4; samples 2, 2.5, 20 have .5,
+    .5 and 17.5."""
+    real, made = torch.tensor([[0.0], [1.0], [5.0]]), torch.tensor([[2.0], [2.5], [20.0]])
+    result = coverage(made, real, 1)
+    assert result["precision"] == pytest.approx(2 / 3)  # 20 lies in none
+    assert result["recall"] == pytest.approx(1 / 3)  # 5 lies within 17.5 of 20
+
+
+def test_class_histogram_by_hand() -> None:
+    def logits(*classes: int) -> Tensor:
+        return torch.nn.functional.one_hot(torch.tensor(classes), 3).float() - 5
+
+    result = class_histogram(logits(0, 0, 0, 1), logits(0, 0, 1, 1, 2, 2, 2, 2))
+    assert result["shares"] == [0.75, 0.25, 0.0]
+    assert result["reference_shares"] == [0.25, 0.25, 0.5]
+    assert result["tv"] == 0.5
+    entropies = [-sum(p * math.log(p) for p in ps) for ps in ([0.75, 0.25], [0.25, 0.25, 0.5])]
+    assert result["entropy_ratio"] == pytest.approx(entropies[0] / entropies[1])
+    assert math.isnan(class_histogram(logits(0, 1), logits(2, 2))["entropy_ratio"])
+    same = class_histogram(logits(0, 1, 2), logits(2, 1, 0))
+    assert same["tv"] == 0.0 and same["entropy_ratio"] == 1.0

@@ -37,6 +37,10 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def key(number: int = 1) -> torch.Tensor:
+    return torch.tensor(number)
+
+
 def noisy(mixture: LowRankMixture, t: float, n: int, seed: int = 1) -> torch.Tensor:
     x = mixture.sample(n, seeded(seed)).double()
     return x + t * torch.randn(x.shape, generator=seeded(seed + 1), dtype=x.dtype)
@@ -114,15 +118,41 @@ def test_tweedie_second_order(t: float) -> None:
 def test_posterior_draws_have_the_posteriors_moments(t: float) -> None:
     n = 20_000
     for row in noisy(made(), t, 2, seed=4):
-        draws = made().posterior_sample(row.expand(n, *SHAPE), t, seeded(1))
-        assert draws.shape == (n, *SHAPE)
+        draws = made().posterior_draws(row[None], t, key(), n)
+        assert draws.shape == (n, 1, *SHAPE)
         mean, covariance = dense(made(), row, t)
-        offsets = draws.flatten(1).numpy() - mean
+        offsets = draws.flatten(1).numpy() - mean  # (n, D)
         error = offsets.mean(0) / (offsets.std(0) / n**0.5)
         assert np.abs(error).max() < 4.5
         products = np.einsum("bi,bj->bij", offsets, offsets)
         error = (products.mean(0) - covariance) / (products.std(0) / n**0.5)
         assert np.abs(error).max() < 4.5
+
+
+@pytest.mark.parametrize("t", [0.1, 0.8, 4.0])
+def test_posterior_noise_has_the_posteriors_covariance(t: float) -> None:
+    """Mean 0, covariance and a normal's fourth moment, to 4.5 standard errors."""
+    n = 20_000
+    for row in noisy(made(), t, 2, seed=4):
+        field = made().posterior_noise(row.expand(n, *SHAPE), t, key())
+        assert field.shape == (n, *SHAPE)
+        field, covariance = field.flatten(1).numpy(), dense(made(), row, t)[1]
+        for values, expected in (
+            (field, 0.0),
+            (np.einsum("bi,bj->bij", field, field), covariance),
+            (field**4, 3 * covariance.diagonal() ** 2),
+        ):
+            error = (values.mean(0) - expected) / (values.std(0) / n**0.5)
+            assert np.abs(error).max() < 4.5
+
+
+def test_posterior_draws_of_one_point_are_independent() -> None:
+    """The covariance of draws 1 and 2 given x_t is 0, to 4.5 standard errors."""
+    n, row = 20_000, noisy(made(), 0.8, 1, seed=4)
+    draws = made().posterior_draws(row.expand(n, *SHAPE), 0.8, key(), 2)
+    one, other = (draws - made().denoiser(row, 0.8)).flatten(2).numpy()
+    products = np.einsum("bi,bj->bij", one, other)
+    assert np.abs(products.mean(0) / (products.std(0) / n**0.5)).max() < 4.5
 
 
 def test_samples_have_the_mixtures_moments() -> None:
@@ -149,8 +179,11 @@ def test_float32_points_lose_nothing_but_their_own_rounding(t: float) -> None:
         double = getattr(made(), name)(x_t.double(), t)
         assert single.dtype == torch.float32
         torch.testing.assert_close(single, double.float(), rtol=0, atol=0)
-    again = made().posterior_sample(x_t, t, seeded())
-    assert again.dtype == torch.float32 and again.isfinite().all()
+    for random in (
+        made().posterior_draws(x_t, t, key(), 1),
+        made().posterior_noise(x_t, t, key()),
+    ):
+        assert random.dtype == torch.float32 and random.isfinite().all()
 
 
 def test_levels_may_differ_by_row_and_blocks_change_nothing(
@@ -160,25 +193,33 @@ def test_levels_may_differ_by_row_and_blocks_change_nothing(
     t = torch.tensor(LEVELS + [0.3])
     names = ("log_density", "component", "score", "denoiser", "posterior_variance")
     whole = [getattr(mixture, name)(x_t, t) for name in names]
-    drawn = [mixture.sample(7, seeded()), mixture.posterior_sample(x_t, t, seeded())]
+
+    def drawn() -> list[torch.Tensor]:
+        return [
+            mixture.sample(7, seeded()),
+            mixture.posterior_draws(x_t, t, key(), 2),
+            mixture.posterior_noise(x_t, t, key()),
+        ]
+
+    whole_draws = drawn()
     rows = [
         torch.cat([getattr(mixture, name)(x_t[i : i + 1], t[i : i + 1]) for i in range(7)])
         for name in names
     ]
     monkeypatch.setattr(lowrank, "CHUNK", 2 * (2 * K * (RANK + 1) + D))  # two or three rows
     cut = [getattr(mixture, name)(x_t, t) for name in names]
-    cut_draws = [mixture.sample(7, seeded()), mixture.posterior_sample(x_t, t, seeded())]
     for a, b, c in zip(whole, rows, cut, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(a, c, rtol=1e-9, atol=1e-9)
-    for a, b in zip(drawn, cut_draws, strict=True):
+    for a, b in zip(whole_draws, drawn(), strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_at_t_zero_the_posterior_is_the_point_itself() -> None:
     x = made().sample(5, seeded())
     assert torch.equal(made().denoiser(x, 0.0), x)
-    assert torch.equal(made().posterior_sample(x, 0.0, seeded()), x)
+    assert torch.equal(made().posterior_draws(x, 0.0, key(), 1)[0], x)
+    assert made().posterior_noise(x, 0.0, key()).abs().max() == 0
     assert made().posterior_variance(x, 0.0).abs().max() == 0
 
 
@@ -207,10 +248,11 @@ def test_ode_map_of_a_mixture_is_scipys() -> None:
         assert found.flatten().numpy() == pytest.approx(path.y[:, -1], abs=2e-3)
 
 
-def test_draws_depend_on_the_generator_alone() -> None:
+def test_draws_depend_on_the_generator_or_key_alone() -> None:
     state = torch.get_rng_state()
     draws = [made().sample(7, seeded(seed)) for seed in (3, 3, 4)]
-    again = [made().posterior_sample(draws[0], 0.5, seeded(seed)) for seed in (3, 3, 4)]
-    for first, same, other in (draws, again):
+    again = [made().posterior_draws(draws[0], 0.5, key(seed), 2) for seed in (3, 3, 4)]
+    fields = [made().posterior_noise(draws[0], 0.5, key(seed)) for seed in (3, 3, 4)]
+    for first, same, other in (draws, again, fields):
         assert torch.equal(first, same) and not torch.equal(first, other)
     assert torch.equal(state, torch.get_rng_state())

@@ -31,6 +31,10 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def key(number: int = 1) -> torch.Tensor:
+    return torch.tensor(number)
+
+
 def noisy(mixture: GaussianMixture, t: float, n: int, seed: int = 0) -> torch.Tensor:
     generator = seeded(seed)
     x = mixture.sample(n, generator)
@@ -97,14 +101,47 @@ def test_posterior_draws_have_the_posteriors_moments(t: float) -> None:
     n = 40_000
     x_t = noisy(plane(), t, 3, seed=4)
     for row in x_t:
-        rows = row.expand(n, 2)
-        draws = plane().posterior_sample(rows, t, seeded(1))
-        mean, covariance = plane().denoiser(rows[:1], t), plane().posterior_covariance(rows[:1], t)
+        rows = row[None]
+        draws = plane().posterior_draws(rows, t, key(), n)
+        assert draws.shape == (n, 1, 2)
+        draws = draws[:, 0]
+        mean, covariance = plane().denoiser(rows, t), plane().posterior_covariance(rows, t)
         error = (draws.mean(0) - mean[0]) / (draws.std(0) / n**0.5)
         assert error.abs().max() < 4
         products = torch.einsum("bi,bj->bij", draws - mean, draws - mean)
         error = (products.mean(0) - covariance[0]) / (products.std(0) / n**0.5)
         assert error.abs().max() < 4
+
+
+@pytest.mark.parametrize("t", [0.1, 0.6, 3.0])
+def test_posterior_noise_has_the_posteriors_covariance(t: float) -> None:
+    """Mean 0, covariance and a normal's fourth moment, to 4.5 standard errors; in rings, whose
+    centres are one, all of it lies within the components."""
+    n = 40_000
+    rings = GaussianMixture.from_lists([[0, 0]] * 2, [0.5, 2.0], [1, 1], torch.float64)
+    for mixture, row in [
+        *((plane(), row) for row in noisy(plane(), t, 3, seed=4)),
+        (rings, torch.tensor([0.3, -0.8]).double()),
+    ]:
+        field = mixture.posterior_noise(row.expand(n, 2), t, key())
+        covariance = mixture.posterior_covariance(row[None], t)[0]
+        products = torch.einsum("bi,bj->bij", field, field)
+        for values, expected in (
+            (field, torch.zeros(2)),
+            (products, covariance),
+            (field**4, 3 * covariance.diagonal() ** 2),
+        ):
+            error = (values.mean(0) - expected) / (values.std(0) / n**0.5)
+            assert error.abs().max() < 4.5
+
+
+def test_posterior_draws_of_one_point_are_independent() -> None:
+    """The covariance of draws 1 and 2 given x_t is 0, to 4.5 standard errors."""
+    n, row = 40_000, noisy(plane(), 0.6, 1, seed=4)
+    draws = plane().posterior_draws(row.expand(n, 2), 0.6, key(), 2)
+    one, other = draws - plane().denoiser(row, 0.6)
+    products = torch.einsum("bi,bj->bij", one, other)
+    assert (products.mean(0) / (products.std(0) / n**0.5)).abs().max() < 4.5
 
 
 @pytest.mark.parametrize("t", [0.05, 0.4, 2.0])
@@ -113,7 +150,7 @@ def test_posterior_draws_at_noisy_data_are_data_again(t: float) -> None:
     mixture, generator = line(), seeded(2)
     x = mixture.sample(20_000, generator)
     x_t = x + t * torch.randn(x.shape, generator=generator, dtype=x.dtype)
-    redrawn = mixture.posterior_sample(x_t, t, generator)
+    redrawn = mixture.posterior_draws(x_t, t, key(), 1)[0]
     fresh = mixture.sample(20_000, generator)
     assert stats.ks_2samp(redrawn[:, 0], fresh[:, 0]).pvalue > 1e-3
     assert stats.kstest((x_t - redrawn)[:, 0] / t, "norm").pvalue > 1e-3
@@ -142,10 +179,14 @@ def solved(mixture: GaussianMixture, x_t: torch.Tensor, t: float, r: float) -> n
         x = torch.from_numpy(x)[None]
         return ((x - mixture.denoiser(x, level)) / level)[0].numpy()
 
-    return np.stack([
-        integrate.solve_ivp(slope, (t, r), row.numpy(), "DOP853", rtol=1e-11, atol=1e-12).y[:, -1]
-        for row in x_t
-    ])
+    return np.stack(
+        [
+            integrate.solve_ivp(slope, (t, r), row.numpy(), "DOP853", rtol=1e-11, atol=1e-12).y[
+                :, -1
+            ]
+            for row in x_t
+        ]
+    )
 
 
 @pytest.mark.parametrize(("t", "r"), [(2.0, 0.02), (0.3, 0.01), (0.01, 1.0)])
@@ -239,22 +280,25 @@ def test_float32_stays_finite_and_close_to_float64(t: float) -> None:
         assert value.dtype == torch.float32 and value.isfinite().all()
         error = (value[:40] - expected[:40]).abs().max().item()
         assert error < 1e-4 * max(1.0, expected[:40].abs().max().item())
-    assert single.posterior_sample(x_t, t, seeded()).isfinite().all()
+    assert single.posterior_draws(x_t, t, key(), 2).isfinite().all()
+    assert single.posterior_noise(x_t, t, key()).isfinite().all()
     assert single.ode_map(x_t, max(t, 0.002), 0.002).isfinite().all()
 
 
 def test_at_t_zero_the_posterior_is_the_point_itself() -> None:
     x = plane().sample(5, seeded())
     torch.testing.assert_close(plane().denoiser(x, 0.0), x)
-    torch.testing.assert_close(plane().posterior_sample(x, 0.0, seeded()), x)
+    torch.testing.assert_close(plane().posterior_draws(x, 0.0, key(), 1)[0], x)
+    assert plane().posterior_noise(x, 0.0, key()).abs().max() < 1e-12
     assert plane().posterior_variance(x, 0.0).abs().max() < 1e-30
 
 
-def test_draws_depend_on_the_generator_alone() -> None:
+def test_draws_depend_on_the_generator_or_key_alone() -> None:
     state = torch.get_rng_state()
     draws = [plane().sample(7, seeded(seed)) for seed in (3, 3, 4)]
-    again = [plane().posterior_sample(draws[0], 0.5, seeded(seed)) for seed in (3, 3, 4)]
-    for first, same, other in (draws, again):
+    again = [plane().posterior_draws(draws[0], 0.5, key(seed), 2) for seed in (3, 3, 4)]
+    fields = [plane().posterior_noise(draws[0], 0.5, key(seed)) for seed in (3, 3, 4)]
+    for first, same, other in (draws, again, fields):
         assert torch.equal(first, same) and not torch.equal(first, other)
     assert torch.equal(state, torch.get_rng_state())
 

@@ -85,17 +85,32 @@ def test_weights_mean_and_variance_are_those_of_float64(t: float) -> None:
     )
 
 
+def test_the_mean_is_exact_at_the_size_of_colour_images() -> None:
+    """Relative error below 1e-3, here 1e-4, at every level from 0.002 to 80; the image itself
+    where it is a point."""
+    x = torch.randn(4000, 24, generator=seeded()) @ torch.randn(24, 3072, generator=seeded(1))
+    x = (x / 10).view(-1, 3, 32, 32)
+    t = 0.002 * 40_000 ** torch.linspace(0, 1, 24)
+    x_t = noisy(x[:24], t)
+    D = Posterior(x).denoiser(x_t, t)
+    assert torch.equal(D[:12], x[:12])
+    for row, level, found in zip(x_t, t.tolist(), D, strict=True):
+        apart = (row - x).flatten(1).double().square().sum(1)
+        mean = (-apart / (2 * level**2)).softmax(0).float() @ x.flatten(1)
+        assert (found.flatten() - mean).norm() < 1e-4 * mean.norm()
+
+
 def test_near_duplicates_are_told_apart_where_float32_products_cannot(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """At t = 0.002 the 15 pairs are 4 t apart in one number of 192, on images of norm 100: the
-    product alone is off by whole units of the logits."""
-    x = 12 * images()
-    x_t = noisy(x[-16:], 0.002)
-    w, mean, variance = brute(x, x_t, 0.002)
-    torch.testing.assert_close(Posterior(x).weights(x_t, 0.002).double(), w, rtol=1e-4, atol=1e-6)
+    """15 pairs 2.4 t apart, in one number of 192, on images of norm 100 and more: the product
+    alone is off by tenths of a logit."""
+    x, t = 12 * images(), 0.04
+    law, x_t = Posterior(x), noisy(12 * images()[-16:], t)
+    w = brute(x, x_t, t)[0]
+    torch.testing.assert_close(law.weights(x_t, t).double(), w, rtol=1e-4, atol=1e-6)
     monkeypatch.setattr(posterior, "NEAR", 1)
-    assert (Posterior(x).weights(x_t, 0.002) - w).abs().max() > 0.05
+    assert (law.weights(x_t, t) - w).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("t", [0.002, 0.05])
@@ -114,18 +129,18 @@ def test_equal_weights_count_every_image(d: int) -> None:
     """The corners of a simplex, seen from its centre; and duplicates, each half of a point."""
     law, centre = Posterior(torch.eye(d)), torch.full((1, d), 1 / d)
     for t in LEVELS:
-        assert law.effective_samples(centre, t).item() == pytest.approx(d, rel=1e-5)
-        torch.testing.assert_close(law.denoiser(centre, t), centre)
+        assert law.effective_samples(centre, t).item() == pytest.approx(d, rel=1e-4)
+        torch.testing.assert_close(law.denoiser(centre, t), centre, rtol=0, atol=5e-4)
         assert law.posterior_variance(centre, t).item() == pytest.approx(1 - 1 / d, rel=1e-4)
     twice = Posterior(torch.eye(d).repeat(2, 1))
     assert twice.effective_samples(torch.eye(d), 0.002).tolist() == [2.0] * d
 
 
-@pytest.mark.parametrize("n", [1, 2, 5, NEAR + 2])
+@pytest.mark.parametrize("n", [1, 2, 5, 9, NEAR + 2])
 @pytest.mark.parametrize("t", [0.3, 1.0, 20.0])
 def test_draws_have_the_posteriors_law(t: float, n: int) -> None:
-    """How often each point is drawn (groups of unequal size too), mean, covariance; within 4.5
-    standard errors."""
+    """How often each point is drawn, mean and covariance, to 4.5 standard errors; with as many
+    groups as a group has members (n = 9) or fewer."""
     x = points(n)
     x_t = noisy(x[:1], t)
     draws = Posterior(x).posterior_draws(x_t, t, key(), DRAWS)

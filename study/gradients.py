@@ -1,0 +1,394 @@
+"""Probes of the training gradient at fixed weights: where its noise comes from, which way two
+scores push, and how their losses and gradients come together as the grid becomes finer.
+
+Replicates j = 1..m are independent batches of B images drawn with replacement, each with noise,
+times, dropout mask and score randomness of its own; g_j is the gradient of batch j's mean loss.
+What has to be free of noise is averaged over pairs of different replicates, before any ratio:
+    signal = |E g|^2 = mean_{j != k} <g_j, g_k>,
+    total = B Var g = B sum_j |g_j - mean g|^2 / (m - 1), the variance of one image's gradient.
+Standard errors are the jackknife's, which leaves out one replicate at a time.
+
+Noise, at r and t fixed or under the law that training draws them from. Given x_t the clean x is
+itself a draw from the posterior, so a second draw x'' with z'' = (x_t - x'') / t gives another
+batch at the same x_t, and half the mean squared difference of such a pair is a variance:
+    total = estimator + dropout + draw,
+    estimator              given (t, x_t, mask): x and the score's own randomness drawn again,
+    estimator + dropout    given (t, x_t): the mask as well,
+    draw                   the rest: of x_t, and under the law of t,
+    rho = estimator / total,    rho_adam: the same of g / (sqrt(v) + eps), v Adam's second moment,
+    snr = signal / total,    step: rms of |f(x_t, t) - f^-(x_r, r)|, also over pseudo-Huber's c.
+A score that only sees x_t has an estimator's part of exactly 0. References that a whole batch
+shares are drawn again as one set: their common noise counts B times.
+
+Cosine of the mean gradients of two scores, a_j and b_j on the same batches:
+    <E a, E b> / sqrt(|E a|^2 |E b|^2), all three by mean_{j != k}, which shared noise can't reach.
+
+Slopes: at each N, on the same batches, the relative differences |L - L'| / L' of the mean losses
+and |E d| / |E g'| of the gradients, d_j = g_j - g'_j. At one smooth f, and for scores of the same
+mean given x_t, the difference of the losses falls as fast as they do: their ratio does not vanish.
+That of the gradients falls like 1 / N under L2, where only E f^-(x_r) - f^-(E x_r) is left of it,
+and stays under a norm. Slopes are fitted to the logarithms, weighted by (value / its error)^2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+
+from study import factors, schedules
+from study.consistency import along, consistency
+from study.data import Batch, Dataset, to_float
+from study.losses import Problem
+from study.scores import Point, estimate
+
+CHUNK = 1 << 18  # parameters whose inner products are taken at a time, in float64
+
+STEEPEST = 8.0
+REPEAT = 8
+
+Pair = tuple[float, float] | None  # levels (r, t); None: each row's own, from the law
+At = tuple[Tensor, Tensor]  # the levels of a batch's rows, (B,) each
+Values = dict[str, float | None]
+
+
+def gradient_noise(
+    problem: Problem,
+    dataset: Dataset,
+    N: float,
+    progress: float,
+    levels: Sequence[float],
+    batches: int,
+    rows: int,
+    second_moment: Mapping[str, Tensor] | None,
+    generator: torch.Generator,
+) -> dict[str, Any]:
+    """The parts of the gradient's variance: lists over the pairs (r, t) nearest to `levels`, and
+    under the law; value: the law's rho. second_moment: Adam's v by parameter name. What the run
+    does not define, and a ratio to nothing, is None."""
+    f, scale = problem.factors, None
+    if second_moment is not None:
+        v = [second_moment[name].flatten() for name, _ in problem.net.named_parameters()]
+        scale = 1 / (torch.cat(v).double().sqrt() + f.optimizer.eps)
+    stepped = not isinstance(f.objective, factors.Continuous)
+    c = getattr(f.distance, "c0", 0.0) * math.prod(dataset.shape) ** 0.5  # pseudo-Huber's
+
+    def probe(pair: Pair) -> Values:
+        gradients, squares = [], defaultdict(list)
+        for batch in _batches(dataset, batches, rows, generator):
+            at = _levels(problem, batch, pair, N)
+            again = _redrawn(problem, batch, at[1], progress, generator)
+            g, _ = _gradient(problem, batch, at, progress)
+            apart = g - _gradient(problem, again, at, progress)[0]
+            gradients.append(g)
+            squares["estimator"].append(_square(apart) / 2)
+            if scale is not None:
+                squares["scaled"].append(_square(apart * scale) / 2)
+            if f.dropout:
+                again = replace(again, mask=_key(generator))
+                apart = g - _gradient(problem, again, at, progress)[0]
+            squares["within"].append(_square(apart) / 2)
+            if stepped:
+                squares["step"].append(_square_step(problem, batch, at, progress))
+        stacked = torch.stack(gradients)
+        gram, scaled = _gram(stacked), None if scale is None else _gram(stacked, scale)
+        columns = {name: torch.tensor(s, dtype=torch.float64) for name, s in squares.items()}
+
+        def parts(kept: Tensor) -> Values:
+            mean = {name: float(column[kept].mean()) for name, column in columns.items()}
+            total, signal = rows * _variance(gram, kept), _across(gram, kept)
+            estimator, within = rows * mean["estimator"], rows * mean["within"]
+            adam = None if scale is None else _ratio(mean["scaled"], _variance(scaled, kept))
+            step = math.sqrt(mean["step"]) if stepped else None
+            return {
+                "estimator": estimator,
+                "dropout": within - estimator,
+                "draw": total - within,
+                "total": total,
+                "rho": _ratio(estimator, total),
+                "rho_adam": adam,
+                "signal": signal,
+                "snr": _ratio(signal, total),
+                "step": step,
+                "step_over_c": step / c if stepped and c else None,
+            }
+
+        return _jackknife(parts, batches)
+
+    return _by_level(problem, N, levels, probe, "rho")
+
+
+def gradient_cosine(
+    problem: Problem,
+    score: factors.Score,
+    against: factors.Score,
+    dataset: Dataset,
+    N: float,
+    progress: float,
+    levels: Sequence[float],
+    batches: int,
+    rows: int,
+    generator: torch.Generator,
+) -> dict[str, Any]:
+    """The cosine of two scores' mean gradients, per level as above and under the law (value), with
+    the snr of each. None where noise leaves a squared length that is not positive."""
+
+    def probe(pair: Pair) -> Values:
+        drawn = _batches(dataset, batches, rows, generator)
+        (a, ab), (_, b) = _compared(problem, (score, against), drawn, pair, N, progress)[0]
+
+        def cosine(kept: Tensor) -> Values:
+            aa, bb = _across(a, kept), _across(b, kept)
+            known = min(aa, bb) > 0
+            return {
+                "cosine": _across(ab, kept) / math.sqrt(aa * bb) if known else None,
+                "snr_score": _ratio(aa, rows * _variance(a, kept)),
+                "snr_against": _ratio(bb, rows * _variance(b, kept)),
+            }
+
+        return _jackknife(cosine, batches)
+
+    return _by_level(problem, N, levels, probe, "cosine")
+
+
+def gradient_slopes(
+    problem: Problem,
+    score: factors.Score,
+    against: factors.Score,
+    dataset: Dataset,
+    Ns: Sequence[int],
+    progress: float,
+    batches: int,
+    rows: int,
+    generator: torch.Generator,
+) -> dict[str, Any]:
+    """How far two scores' losses and gradients are apart under the law, as lists over N, and the
+    slopes of both; value: the gradients'. None where noise makes a squared difference negative;
+    predicted_*: None where no one power of N is left."""
+    drawn, scores = list(_batches(dataset, batches, rows, generator)), (score, against)
+
+    def measured(N: int) -> Callable[[Tensor], Values]:
+        ((a, ab), (ba, b)), losses = _compared(problem, scores, drawn, None, N, progress)
+
+        def values(kept: Tensor) -> Values:
+            first, second = losses[kept].mean(0).tolist()
+            squared = _across(a + b - ab - ba, kept), _across(b, kept)
+            known = squared[0] >= 0 and squared[1] > 0
+            return {
+                "loss_score": first,
+                "loss_against": second,
+                "loss_ratio": _ratio(abs(first - second), second),
+                "gradient_difference": math.sqrt(squared[0] / squared[1]) if known else None,
+                "square": _ratio(*squared),
+            }
+
+        return values
+
+    statistics = [measured(N) for N in Ns]
+    found = [_jackknife(values, batches) for values in statistics]
+
+    def slopes(kept: Tensor) -> Values:
+        left = [values(kept) for values in statistics]
+        power = {
+            name: _power(Ns, [at[name] for at in left], [at[f"{name}_se"] for at in found])
+            for name in ("loss_ratio", "square")
+        }
+        half = None if power["square"] is None else power["square"] / 2
+        return {"slope_loss": power["loss_ratio"], "slope_gradient": half}
+
+    fitted, distance = _jackknife(slopes, batches), problem.factors.distance
+    between = isinstance(distance, factors.PseudoHuber)  # L2 at small steps, a norm at large ones
+    steepness = -1.0 if isinstance(distance, factors.L2) else 0.0
+    return {
+        "N": list(Ns),
+        **{name: [values[name] for values in found] for name in found[0]},
+        **fitted,
+        "predicted_loss": None if between else 0.0,
+        "predicted_gradient": None if between else steepness,
+        "value": fitted["slope_gradient"],
+    }
+
+
+# --- batches, levels, gradients ---
+
+
+def _key(generator: torch.Generator) -> Tensor:
+    """A key of a mask or of a score's randomness."""
+    return torch.randint(2**31, (), generator=generator, device=generator.device)
+
+
+def _batches(dataset: Dataset, m: int, rows: int, generator: torch.Generator) -> Iterator[Batch]:
+    """m independent batches: training images drawn with replacement, or endless data."""
+    kwargs = {"generator": generator, "device": generator.device}
+    for _ in range(m):
+        if dataset.train is None:
+            x = dataset.fresh(rows, generator)
+        else:
+            x = to_float(dataset.train[torch.randint(len(dataset.train), (rows,), **kwargs)])
+        z, u = torch.randn(x.shape, **kwargs), torch.rand(rows, dtype=torch.float64, **kwargs)
+        yield Batch(x, z, u, _key(generator), _key(generator))
+
+
+@torch.no_grad()
+def _redrawn(
+    problem: Problem, batch: Batch, t: Tensor, progress: float, generator: torch.Generator
+) -> Batch:
+    """The batch with x and the score's randomness drawn again given exactly (t, x_t) and the mask.
+
+    A row whose x'' is the same image, or whose D^ is the same to the last bit, keeps x and z:
+    x'' + t z'' is x_t up to rounding only, which would pass for noise.
+    """
+    f, x, law = problem.factors, batch.x, problem.known.law
+    x_t, draw = x + along(t, x) * batch.z, _key(generator)
+    new = law.posterior_draws(x_t, t, _key(generator), 1)[0]
+    same = (new == x).flatten(1).all(1)
+    if not isinstance(getattr(f.auxiliary, "labels", None), factors.FromData):
+        points = [Point(x, x_t, t, batch.draw, progress), Point(new, x_t, t, draw, progress)]
+        D, D_new = (estimate(f.score, problem.known, at) for at in points)
+        same |= (D == D_new).flatten(1).all(1)
+    same = along(same, x)
+    z = torch.where(same, batch.z, (x_t - new) / along(t, x))
+    return replace(batch, x=torch.where(same, x, new), z=z, draw=draw)
+
+
+def _levels(problem: Problem, batch: Batch, pair: Pair, N: float) -> At:
+    """(r, t) (B,) of a batch."""
+    if pair is None:
+        return problem.levels(batch, N)
+    return tuple(torch.full_like(batch.u, level, dtype=torch.float32) for level in pair)
+
+
+def _pairs(problem: Problem, N: float, levels: Sequence[float]) -> list[tuple[float, float]]:
+    """The pairs (r, t) of training whose ln t is nearest to that of each level, each pair once."""
+    f, sigma, asked = problem.factors, problem.sigma, torch.tensor(levels, dtype=torch.float64)
+    if isinstance(f.objective, factors.Continuous):
+        r = t = asked.float()
+    elif isinstance(f.discretization, factors.EctMapping):  # any t is one of training
+        u = (asked / sigma.min).log() / math.log(sigma.max / sigma.min)
+        r, t = schedules.pair(f.discretization, factors.LogUniform(), u, N, sigma)
+    else:
+        grid = schedules.karras(torch.arange(N), N, sigma).float()
+        i = (asked[:, None].log() - grid[1:].double().log()).abs().argmin(1)
+        r, t = grid[i], grid[i + 1]
+    return list(dict.fromkeys(zip(r.tolist(), t.tolist(), strict=True)))
+
+
+def _gradient(problem: Problem, batch: Batch, at: At, progress: float) -> tuple[Tensor, float]:
+    """The gradient (P,) of a batch's mean loss in all parameters, and that loss."""
+    loss, weights = problem.at_levels(batch, *at, progress).mean(), list(problem.net.parameters())
+    parts = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+    return torch.cat([g.flatten() for g in parts]), float(loss.detach())
+
+
+def _compared(
+    problem: Problem,
+    scores: tuple[factors.Score, factors.Score],
+    drawn: Iterable[Batch],
+    pair: Pair,
+    N: float,
+    progress: float,
+) -> tuple[Tensor, Tensor]:
+    """Two scores at the same weights, on the same batches: inner products of their gradients
+    (2, 2, m, m) and losses (m, 2)."""
+    change = msgspec.structs.replace
+    sides = [replace(problem, factors=change(problem.factors, score=s, repeat=1 if factors.deterministic(s) else REPEAT)) for s in scores]
+    gradients, losses = ([], []), ([], [])
+    for batch in drawn:
+        at = _levels(problem, batch, pair, N)
+        for i, side in enumerate(sides):
+            g, loss = _gradient(side, batch, at, progress)
+            gradients[i].append(g)
+            losses[i].append(loss)
+    gram, m = _gram(torch.stack([*gradients[0], *gradients[1]])), len(losses[0])
+    return gram.view(2, m, 2, m).transpose(1, 2), torch.tensor(losses, dtype=torch.float64).T
+
+
+@torch.no_grad()
+def _square_step(problem: Problem, batch: Batch, at: At, progress: float) -> float:
+    """Mean over rows of |f(x_t, t) - f^-(x_r, r)|^2."""
+    r, t = at
+    x_t = batch.x + along(t, batch.x) * batch.z
+    student = consistency(problem.net, x_t, t, problem.sigma, batch.mask)
+    targets = problem.targets(batch, x_t, r, t, progress)
+    return sum(_square(student - target) for target in targets) / (len(targets) * len(x_t))
+
+
+# --- statistics ---
+
+
+def _square(x: Tensor) -> float:
+    return float(x.double().square().sum())
+
+
+def _gram(rows: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+    """Inner products (m, m) of gradients (m, P) times scale, in float64 and on the CPU."""
+    gram, scale = 0, torch.as_tensor(scale, device=rows.device).expand(rows.shape[1])
+    for part, by in zip(rows.split(CHUNK, 1), scale.split(CHUNK), strict=True):
+        part = part.double() * by
+        gram = gram + part @ part.T
+    return gram.cpu()
+
+
+def _across(gram: Tensor, kept: Tensor) -> float:
+    """mean_{j != k} <a_j, b_k> over the replicates kept: <E a, E b>, unbiased."""
+    gram, n = gram[kept][:, kept], len(kept)
+    return float(gram.sum() - gram.trace()) / (n * (n - 1))
+
+
+def _variance(gram: Tensor, kept: Tensor) -> float:
+    """sum_j |g_j - mean g|^2 / (n - 1) over the n replicates kept."""
+    return float(gram.diagonal()[kept].mean()) - _across(gram, kept)
+
+
+def _ratio(a: float, b: float) -> float | None:
+    return a / b if b > 0 else None
+
+
+def _jackknife(statistic: Callable[[Tensor], Values], m: int) -> Values:
+    """The statistic of all m replicates, given by their indices, and NAME_se, its standard error;
+    None where it, or what is left without a replicate, has no value."""
+    indices, result = torch.arange(m), {}
+    without = [statistic(indices[indices != j]) for j in range(m)]
+    for name, value in statistic(indices).items():
+        left = [values[name] for values in without]
+        known = value is not None and None not in left
+        spread = torch.tensor(left, dtype=torch.float64).std(correction=0) if known else None
+        result |= {name: value, f"{name}_se": float(spread) * math.sqrt(m - 1) if known else None}
+    return result
+
+
+def _by_level(
+    problem: Problem, N: float, levels: Sequence[float], probe: Callable[[Pair], Values], name: str
+) -> dict[str, Any]:
+    """What `probe` finds at every pair of levels, as lists, and under the law; value: its NAME."""
+    pairs = _pairs(problem, N, levels)
+    found, law = [probe(pair) for pair in pairs], probe(None)
+    where = {"sigma": [t for _, t in pairs], "r": [r for r, _ in pairs], "N": N}
+    lists = {key: [values[key] for values in found] for key in law}
+    return {**where, **lists, "law": law, "value": law[name]}
+
+
+def _power(Ns: Sequence[int], values: list[float | None], errors: list[float | None]) -> float | None:
+    """The power p of the least-squares fit a N^p to values with these errors, which may be small
+    beside them or not, and the values negative: their logarithms would be biased. None where
+    no p within STEEPEST fits best."""
+    if None in values or not all(errors):
+        return None
+    y, e = (torch.tensor(part, dtype=torch.float64) for part in (values, errors))
+    n = torch.tensor(Ns, dtype=torch.float64).log()
+    n = n - n.mean()
+
+    def explained(p: float) -> float:
+        shape = (p * n).exp() / e
+        along = float((shape * y / e).sum())
+        return -max(along, 0) ** 2 / float(shape.square().sum())
+
+    fit = minimize_scalar(explained, bounds=(-STEEPEST, STEEPEST), method="bounded", options={"xatol":1e-7})
+    return None if fit.fun == 0 or abs(fit.x) > 0.999 * STEEPEST else float(fit.x)
