@@ -29,6 +29,7 @@ from study.posterior import FEW, NEAR
 
 CHUNK = 512
 FID, KID = "frechet_inception_distance", "kernel_inception_distance_mean"
+ROWS = 2048  # of a block of distances between features
 BETWEEN = 3  # a sample farther than this many std from every mode lies between modes
 
 Function = Callable[[Tensor, Tensor], Tensor]
@@ -286,10 +287,10 @@ def coverage(features: Tensor, reference_features: Tensor, neighbours: int) -> d
     if fewest <= neighbours:
         raise StudyError(f"coverage.neighbours: {neighbours} asked for among {fewest} samples")
     out = prc_features_to_metric(
-        features.double(),
-        reference_features.double(),
+        features,
+        reference_features,
         prc_neighborhood=neighbours,
-        prc_batch_size=CHUNK,
+        prc_batch_size=ROWS,
         save_cpu_ram=True,
         verbose=False,
     )

@@ -16,7 +16,7 @@ batch at the same x_t, and half the mean squared difference of such a pair is a 
     estimator + dropout    given (t, x_t): the mask as well,
     draw                   the rest: of x_t, and under the law of t,
     rho = estimator / total,    rho_adam: the same of g / (sqrt(v) + eps), v Adam's second moment,
-    snr = signal / total,    step: rms of |f(x_t, t) - f^-(x_r, r)|, also over pseudo-Huber's c.
+    snr = signal / total,       step: rms of |f(x_t, t) - f^-(x_r, r)|, also over pseudo-Huber's c.
 A score that only sees x_t has an estimator's part of exactly 0. References that a whole batch
 shares are drawn again as one set: their common noise counts B times.
 
@@ -24,10 +24,12 @@ Cosine of the mean gradients of two scores, a_j and b_j on the same batches:
     <E a, E b> / sqrt(|E a|^2 |E b|^2), all three by mean_{j != k}, which shared noise can't reach.
 
 Slopes: at each N, on the same batches, the relative differences |L - L'| / L' of the mean losses
-and |E d| / |E g'| of the gradients, d_j = g_j - g'_j. At one smooth f, and for scores of the same
-mean given x_t, the difference of the losses falls as fast as they do: their ratio does not vanish.
-That of the gradients falls like 1 / N under L2, where only E f^-(x_r) - f^-(E x_r) is left of it,
-and stays under a norm. Slopes are fitted to the logarithms, weighted by (value / its error)^2.
+and |E d| / |E g'| of the gradients, d_j = g_j - g'_j; a loss is here the mean over DRAWS draws of
+x given x_t, which has the same expectation and less noise. At one smooth f, and for scores of the
+same mean given x_t, the difference of the losses falls as fast as they do: their ratio does not
+vanish. That of the gradients falls like 1 / N under L2, where only E f^-(x_r) - f^-(E x_r) is left
+of it, and stays under a norm. The powers of N are fitted to the ratio, and to the square of the
+gradients', which is all but unbiased where noise makes it negative too.
 """
 
 from __future__ import annotations
@@ -46,16 +48,16 @@ from torch import Tensor
 from study import factors, schedules
 from study.consistency import along, consistency
 from study.data import Batch, Dataset, to_float
+from study.factors import Score
 from study.losses import Problem
 from study.scores import Point, estimate
 
 CHUNK = 1 << 18  # parameters whose inner products are taken at a time, in float64
-
-STEEPEST = 8.0
-REPEAT = 8
+DRAWS = 8  # of x given x_t, in the slopes' losses
+STEEPEST = 8.0  # power of N that is looked for
 
 Pair = tuple[float, float] | None  # levels (r, t); None: each row's own, from the law
-At = tuple[Tensor, Tensor]  # the levels of a batch's rows, (B,) each
+Levels = tuple[Tensor, Tensor]  # r and t of a batch's rows, (B,) each
 Values = dict[str, float | None]
 
 
@@ -81,13 +83,13 @@ def gradient_noise(
     c = getattr(f.distance, "c0", 0.0) * math.prod(dataset.shape) ** 0.5  # pseudo-Huber's
 
     def probe(pair: Pair) -> Values:
-        gradients, squares = [], defaultdict(list)
+        made, squares = [], defaultdict(list)
         for batch in _batches(dataset, batches, rows, generator):
             at = _levels(problem, batch, pair, N)
             again = _redrawn(problem, batch, at[1], progress, generator)
             g, _ = _gradient(problem, batch, at, progress)
             apart = g - _gradient(problem, again, at, progress)[0]
-            gradients.append(g)
+            made.append(g)
             squares["estimator"].append(_square(apart) / 2)
             if scale is not None:
                 squares["scaled"].append(_square(apart * scale) / 2)
@@ -97,15 +99,15 @@ def gradient_noise(
             squares["within"].append(_square(apart) / 2)
             if stepped:
                 squares["step"].append(_square_step(problem, batch, at, progress))
-        stacked = torch.stack(gradients)
-        gram, scaled = _gram(stacked), None if scale is None else _gram(stacked, scale)
+        gradients = torch.stack(made)
+        gram, scaled = _gram(gradients), None if scale is None else _gram(gradients, scale)
         columns = {name: torch.tensor(s, dtype=torch.float64) for name, s in squares.items()}
 
         def parts(kept: Tensor) -> Values:
             mean = {name: float(column[kept].mean()) for name, column in columns.items()}
             total, signal = rows * _variance(gram, kept), _across(gram, kept)
             estimator, within = rows * mean["estimator"], rows * mean["within"]
-            adam = None if scale is None else _ratio(mean["scaled"], _variance(scaled, kept))
+            adam = None if scaled is None else _ratio(mean["scaled"], _variance(scaled, kept))
             step = math.sqrt(mean["step"]) if stepped else None
             return {
                 "estimator": estimator,
@@ -127,8 +129,8 @@ def gradient_noise(
 
 def gradient_cosine(
     problem: Problem,
-    score: factors.Score,
-    against: factors.Score,
+    score: Score,
+    against: Score,
     dataset: Dataset,
     N: float,
     progress: float,
@@ -139,10 +141,11 @@ def gradient_cosine(
 ) -> dict[str, Any]:
     """The cosine of two scores' mean gradients, per level as above and under the law (value), with
     the snr of each. None where noise leaves a squared length that is not positive."""
+    sides = [_with(problem, score=kind) for kind in (score, against)]
 
     def probe(pair: Pair) -> Values:
         drawn = _batches(dataset, batches, rows, generator)
-        (a, ab), (_, b) = _compared(problem, (score, against), drawn, pair, N, progress)[0]
+        (a, ab), (_, b) = _compared(sides, drawn, pair, N, progress)[0]
 
         def cosine(kept: Tensor) -> Values:
             aa, bb = _across(a, kept), _across(b, kept)
@@ -160,8 +163,8 @@ def gradient_cosine(
 
 def gradient_slopes(
     problem: Problem,
-    score: factors.Score,
-    against: factors.Score,
+    score: Score,
+    against: Score,
     dataset: Dataset,
     Ns: Sequence[int],
     progress: float,
@@ -170,48 +173,51 @@ def gradient_slopes(
     generator: torch.Generator,
 ) -> dict[str, Any]:
     """How far two scores' losses and gradients are apart under the law, as lists over N, and the
-    slopes of both; value: the gradients'. None where noise makes a squared difference negative;
-    predicted_*: None where no one power of N is left."""
-    drawn, scores = list(_batches(dataset, batches, rows, generator)), (score, against)
+    powers of N by which they fall; value: the gradients'. gradient_difference is None where noise
+    makes its square negative; predicted_* are None where no one power is expected."""
+    drawn = list(_batches(dataset, batches, rows, generator))
+    sides = [
+        _with(problem, score=kind, repeat=1 if factors.deterministic(kind) else DRAWS)
+        for kind in (score, against)
+    ]
 
     def measured(N: int) -> Callable[[Tensor], Values]:
-        ((a, ab), (ba, b)), losses = _compared(problem, scores, drawn, None, N, progress)
+        ((a, ab), (ba, b)), losses = _compared(sides, drawn, None, N, progress)
 
         def values(kept: Tensor) -> Values:
             first, second = losses[kept].mean(0).tolist()
-            squared = _across(a + b - ab - ba, kept), _across(b, kept)
-            known = squared[0] >= 0 and squared[1] > 0
+            square = _ratio(_across(a + b - ab - ba, kept), _across(b, kept))
+            known = square is not None and square >= 0
             return {
                 "loss_score": first,
                 "loss_against": second,
                 "loss_ratio": _ratio(abs(first - second), second),
-                "gradient_difference": math.sqrt(squared[0] / squared[1]) if known else None,
-                "square": _ratio(*squared),
+                "gradient_difference": math.sqrt(square) if known else None,
+                "squared_difference": square,
             }
 
         return values
 
-    statistics = [measured(N) for N in Ns]
-    found = [_jackknife(values, batches) for values in statistics]
+    at = [measured(N) for N in Ns]
+    found = [_jackknife(values, batches) for values in at]
 
-    def slopes(kept: Tensor) -> Values:
-        left = [values(kept) for values in statistics]
-        power = {
-            name: _power(Ns, [at[name] for at in left], [at[f"{name}_se"] for at in found])
-            for name in ("loss_ratio", "square")
-        }
-        half = None if power["square"] is None else power["square"] / 2
-        return {"slope_loss": power["loss_ratio"], "slope_gradient": half}
+    def powers(kept: Tensor) -> Values:
+        left = [values(kept) for values in at]
+        ratio, square = (
+            _power(Ns, [v[name] for v in left], [v[f"{name}_se"] for v in found])
+            for name in ("loss_ratio", "squared_difference")
+        )
+        return {"slope_loss": ratio, "slope_gradient": None if square is None else square / 2}
 
-    fitted, distance = _jackknife(slopes, batches), problem.factors.distance
+    fitted, distance = _jackknife(powers, batches), problem.factors.distance
     between = isinstance(distance, factors.PseudoHuber)  # L2 at small steps, a norm at large ones
-    steepness = -1.0 if isinstance(distance, factors.L2) else 0.0
+    fall = -1.0 if isinstance(distance, factors.L2) else 0.0
     return {
         "N": list(Ns),
         **{name: [values[name] for values in found] for name in found[0]},
         **fitted,
         "predicted_loss": None if between else 0.0,
-        "predicted_gradient": None if between else steepness,
+        "predicted_gradient": None if between else fall,
         "value": fitted["slope_gradient"],
     }
 
@@ -245,21 +251,21 @@ def _redrawn(
     A row whose x'' is the same image, or whose D^ is the same to the last bit, keeps x and z:
     x'' + t z'' is x_t up to rounding only, which would pass for noise.
     """
-    f, x, law = problem.factors, batch.x, problem.known.law
+    f, known, x = problem.factors, problem.known, batch.x
     x_t, draw = x + along(t, x) * batch.z, _key(generator)
-    new = law.posterior_draws(x_t, t, _key(generator), 1)[0]
+    new = known.law.posterior_draws(x_t, t, _key(generator), 1)[0]
     same = (new == x).flatten(1).all(1)
     if not isinstance(getattr(f.auxiliary, "labels", None), factors.FromData):
-        points = [Point(x, x_t, t, batch.draw, progress), Point(new, x_t, t, draw, progress)]
-        D, D_new = (estimate(f.score, problem.known, at) for at in points)
+        D = estimate(f.score, known, Point(x, x_t, t, batch.draw, progress))
+        D_new = estimate(f.score, known, Point(new, x_t, t, draw, progress))
         same |= (D == D_new).flatten(1).all(1)
     same = along(same, x)
     z = torch.where(same, batch.z, (x_t - new) / along(t, x))
     return replace(batch, x=torch.where(same, x, new), z=z, draw=draw)
 
 
-def _levels(problem: Problem, batch: Batch, pair: Pair, N: float) -> At:
-    """(r, t) (B,) of a batch."""
+def _levels(problem: Problem, batch: Batch, pair: Pair, N: float) -> Levels:
+    """(r, t) of the batch."""
     if pair is None:
         return problem.levels(batch, N)
     return tuple(torch.full_like(batch.u, level, dtype=torch.float32) for level in pair)
@@ -280,7 +286,12 @@ def _pairs(problem: Problem, N: float, levels: Sequence[float]) -> list[tuple[fl
     return list(dict.fromkeys(zip(r.tolist(), t.tolist(), strict=True)))
 
 
-def _gradient(problem: Problem, batch: Batch, at: At, progress: float) -> tuple[Tensor, float]:
+def _with(problem: Problem, **changes: object) -> Problem:
+    """The problem with other factors, at the same weights."""
+    return replace(problem, factors=msgspec.structs.replace(problem.factors, **changes))
+
+
+def _gradient(problem: Problem, batch: Batch, at: Levels, progress: float) -> tuple[Tensor, float]:
     """The gradient (P,) of a batch's mean loss in all parameters, and that loss."""
     loss, weights = problem.at_levels(batch, *at, progress).mean(), list(problem.net.parameters())
     parts = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
@@ -288,30 +299,23 @@ def _gradient(problem: Problem, batch: Batch, at: At, progress: float) -> tuple[
 
 
 def _compared(
-    problem: Problem,
-    scores: tuple[factors.Score, factors.Score],
-    drawn: Iterable[Batch],
-    pair: Pair,
-    N: float,
-    progress: float,
+    sides: Sequence[Problem], drawn: Iterable[Batch], pair: Pair, N: float, progress: float
 ) -> tuple[Tensor, Tensor]:
-    """Two scores at the same weights, on the same batches: inner products of their gradients
-    (2, 2, m, m) and losses (m, 2)."""
-    change = msgspec.structs.replace
-    sides = [replace(problem, factors=change(problem.factors, score=s, repeat=1 if factors.deterministic(s) else REPEAT)) for s in scores]
+    """Two problems of the same weights on the same batches: inner products of their gradients
+    (2, 2, m, m), and losses (m, 2)."""
     gradients, losses = ([], []), ([], [])
     for batch in drawn:
-        at = _levels(problem, batch, pair, N)
+        at = _levels(sides[0], batch, pair, N)
         for i, side in enumerate(sides):
             g, loss = _gradient(side, batch, at, progress)
             gradients[i].append(g)
             losses[i].append(loss)
-    gram, m = _gram(torch.stack([*gradients[0], *gradients[1]])), len(losses[0])
+    gram, m = _gram(torch.stack(gradients[0] + gradients[1])), len(losses[0])
     return gram.view(2, m, 2, m).transpose(1, 2), torch.tensor(losses, dtype=torch.float64).T
 
 
 @torch.no_grad()
-def _square_step(problem: Problem, batch: Batch, at: At, progress: float) -> float:
+def _square_step(problem: Problem, batch: Batch, at: Levels, progress: float) -> float:
     """Mean over rows of |f(x_t, t) - f^-(x_r, r)|^2."""
     r, t = at
     x_t = batch.x + along(t, batch.x) * batch.z
@@ -375,20 +379,22 @@ def _by_level(
     return {**where, **lists, "law": law, "value": law[name]}
 
 
-def _power(Ns: Sequence[int], values: list[float | None], errors: list[float | None]) -> float | None:
-    """The power p of the least-squares fit a N^p to values with these errors, which may be small
-    beside them or not, and the values negative: their logarithms would be biased. None where
-    no p within STEEPEST fits best."""
+def _power(
+    Ns: Sequence[int], values: Sequence[float | None], errors: Sequence[float | None]
+) -> float | None:
+    """p of the least-squares fit of a N^p, a > 0, to values with errors. Not by logarithms, which
+    values near 0 bias. None where no p within STEEPEST fits best."""
     if None in values or not all(errors):
         return None
-    y, e = (torch.tensor(part, dtype=torch.float64) for part in (values, errors))
-    n = torch.tensor(Ns, dtype=torch.float64).log()
-    n = n - n.mean()
+    y, e, n = (torch.tensor(part, dtype=torch.float64) for part in (values, errors, Ns))
+    n = n.log() - n.log().mean()
 
-    def explained(p: float) -> float:
+    def unexplained(p: float) -> float:
         shape = (p * n).exp() / e
-        along = float((shape * y / e).sum())
-        return -max(along, 0) ** 2 / float(shape.square().sum())
+        return (
+            -(float(shape @ (y / e)) ** 2) / float(shape @ shape) if shape @ (y / e) > 0 else 0.0
+        )
 
-    fit = minimize_scalar(explained, bounds=(-STEEPEST, STEEPEST), method="bounded", options={"xatol":1e-7})
-    return None if fit.fun == 0 or abs(fit.x) > 0.999 * STEEPEST else float(fit.x)
+    bounds = (-STEEPEST, STEEPEST)
+    fit = minimize_scalar(unexplained, bounds=bounds, method="bounded", options={"xatol": 1e-8})
+    return float(fit.x) if fit.fun < 0 and abs(fit.x) < STEEPEST - 1e-3 else None

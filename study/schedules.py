@@ -29,7 +29,7 @@ from study.factors import (
     UniformGrid,
 )
 
-LEAST = 1e-4  # smallest relative step: where sigma_min stops r from lying below t
+LEAST = 1e-4  # ECT's smallest relative step: above sigma_min, and at any stage, r < t in float32
 
 
 def grid_points(discretization: Discretization, progress: float) -> float:

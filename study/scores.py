@@ -139,14 +139,14 @@ def _self_normalised(law: Posterior | Density, at: Point, n: int, shared: bool) 
             apart = torch.cdist(own, others, compute_mode="donot_use_mm_for_euclid_dist").square()
             along = (e * own).sum(1, keepdim=True) - e @ others.T
         else:
-            others = pool[chosen.view(len(x), -1)[i : i + rows]]  # (b, n - 1, d)
+            others = pool[chosen.view(len(x), n - 1)[i : i + rows]]  # (b, n - 1, d)
             offset = own[:, None] - others
             apart, along = offset.square().sum(2), torch.einsum("bd,bnd->bn", e, offset)
         logits = -(apart / 2 + along) / t[i : i + rows, None].square()
         if not finite:
             itself = chosen.view(1 if shared else len(x), n - 1) == row
             logits = logits.masked_fill(itself[i : i + rows], -torch.inf)
-        w = torch.cat([torch.zeros_like(logits[:, :1]), logits], 1).softmax(1)
+        w = torch.cat([logits.new_zeros(len(own), 1), logits], 1).softmax(1)
         mean = w[:, 1:] @ others if shared else torch.einsum("bn,bnd->bd", w[:, 1:], others)
         parts.append(w[:, :1] * own + mean)
     return torch.cat(parts).view_as(at.x)

@@ -310,7 +310,7 @@ def test_distances_in_numbers() -> None:
 
 
 def test_pseudo_huber_lies_between_the_norm_and_its_square() -> None:
-    """sqrt(u^2 + c^2) - c = u - c + c^2 / 2u - ... for c << u, u^2 / 2c - u^4 / 8c^3 for c >> u."""
+    """sqrt(u^2 + c^2) - c is u - c + c^2 / 2u for c << u, and u^2 / 2c - u^4 / 8c^3 for c >> u."""
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 30, 3, 4, 4, generator=generator, dtype=torch.float64)
     norm, root = distance(L2Norm(), a, b), 48**0.5

@@ -1,4 +1,4 @@
-"""The continuous-time loss against finite differences, exact maps and the discrete loss's limit."""
+"""The continuous-time loss: finite differences, exact maps, the limit of the discrete loss."""
 
 from __future__ import annotations
 
@@ -327,6 +327,11 @@ def test_under_bfloat16_the_tangent_stays_float32(kind: Network, shape: tuple[in
         problem.at_levels(Batch(x, z, t, KEY, DRAW), t, t).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    exact = tangent(
+        network(kind, shape, 0.2), *(v.double() for v in (x_t, t, x)), SIGMA, KEY, WHOLE
+    )
+    for value, expected in zip(found[1], exact, strict=True):
+        assert (value - expected).norm() < 1e-5 * expected.norm()
     # and the gradient is the same to the rounding of one pass forward and backward: were G^-
     # the tangent's own, the difference of the two precisions would be learned too, here 13 %
     error = ((gradients[1] - gradients[0]).norm() / gradients[0].norm()).item()

@@ -404,7 +404,7 @@ def test_coverage_of_new_draws_of_half_the_modes(monkeypatch: pytest.MonkeyPatch
     made = normal(400, 2, seed=1)
     result = coverage(made, real, 5)
     assert result["recall"] == pytest.approx(0.49, abs=0.02) and result["precision"] > 0.95
-    monkeypatch.setattr(evaluate, "CHUNK", 33)
+    monkeypatch.setattr(evaluate, "ROWS", 33)
     assert coverage(made, real, 5) == result
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
@@ -13,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from study import data, factors, gradients, networks
-from study.consistency import consistency
-from study.data import Batch, Dataset, to_float
+from study.data import Batch, Dataset
 from study.factors import (
     L1,
     L2,
@@ -27,7 +25,6 @@ from study.factors import (
     Factors,
     Fixed,
     FromRun,
-    KSample,
     L2Norm,
     Mixture,
     Mlp,
@@ -37,7 +34,6 @@ from study.factors import (
     Sigma,
     SingleSample,
     Teacher,
-    Uniform,
     UniformGrid,
     Windowed,
 )
@@ -48,7 +44,7 @@ from study.networks import dropout
 from study.schedules import karras
 from study.scores import Knowledge
 
-S, N = 0.5, 8
+S, N, CT = 0.5, 8, SingleSample()
 SIGMA = Sigma(min=0.1, max=5.0, data=S)
 GAUSS = Mixture(means=((0.0,),), std=S, held_out=8)
 TWO_MODES = Mixture(means=((-1.0,), (1.0,)), std=0.3, held_out=8)
@@ -68,8 +64,15 @@ class Affine(nn.Module):
         return self.a * dropout(x, self.drop, key, 0) + self.b
 
 
+class Idle(Affine):
+    """A network that reads none of its weights."""
+
+    def forward(self, x: Tensor, c_noise: Tensor, key: Tensor | None = None) -> Tensor:
+        return x + 0 * self.b
+
+
 def problem(
-    net: nn.Module, mixture: Mixture = GAUSS, score: Score = SingleSample(), **changes: object
+    net: nn.Module, mixture: Mixture = GAUSS, score: Score = CT, **changes: object
 ) -> tuple[Problem, Dataset]:
     """A problem on the mixture and its data: Euler, L2, N levels of equal chance."""
     dataset = data.load(mixture)
@@ -80,7 +83,14 @@ def problem(
     return Problem(f, sigma, net, Knowledge(law_of(dataset), dataset.density, teachers)), dataset
 
 
-def noise(p: Problem, dataset: Dataset, levels: list[float], seed: int = 0, **changes: object) -> dict:
+def changed(p: Problem, **changes: object) -> Problem:
+    """The problem with other factors."""
+    return replace(p, factors=msgspec.structs.replace(p.factors, **changes))
+
+
+def noise(
+    p: Problem, dataset: Dataset, levels: list[float], seed: int = 0, **changes: object
+) -> dict:
     settings = {"N": N, "progress": 1.0, "batches": 16, "rows": 1000, "second_moment": None}
     generator = torch.Generator().manual_seed(seed)
     return gradient_noise(p, dataset, levels=levels, generator=generator, **settings | changes)
@@ -95,11 +105,13 @@ def network(mixture: Mixture, width: int = 32, drop: float = 0.0, head: bool = F
     return net
 
 
-def closed(r: float, t: float, a: float = 0.3, b: float = 0.4, s: float = S) -> dict[str, np.ndarray]:
+def closed(
+    r: float, t: float, a: float = 0.3, b: float = 0.4, s: float = S
+) -> dict[str, np.ndarray]:
     """Of x ~ N(0, s^2) and f = k_t x_t + o_t b, k = c_skip + c_out c_in a, o = c_out, the parts of
-    the variance of g = 2 w (c_out c_in x_t, c_out) (A x_t + B + n), per parameter. A x_t + B + n is
+    the variance of g = 2 w (c_out c_in x_t, c_out) (A x_t + B + e), per parameter. A x_t + B + e =
     f(x_t, t) - f(x_r, r): given x_t, x_r has the mean m x_t, m = r / t + (1 - r / t) s^2 / (s^2 +
-    t^2), and the variance (1 - r / t)^2 s^2 t^2 / (s^2 + t^2), n's but for the factor k_r^2."""
+    t^2), and the variance (1 - r / t)^2 s^2 t^2 / (s^2 + t^2), which gives e's, n, by k_r^2."""
 
     def at(level: float) -> tuple[float, float, float]:
         above, c_in = level - SIGMA.min, 1 / math.hypot(level, S)
@@ -116,12 +128,13 @@ def closed(r: float, t: float, a: float = 0.3, b: float = 0.4, s: float = S) -> 
     draw = slope**2 * np.array([2 * A * A * V * V + B * B * V, A * A * V])
     estimator = slope**2 * np.array([V, 1.0]) * n
     step = math.sqrt(A * A * V + B * B + n)
-    return {"estimator": estimator, "draw": draw, "mean": mean, "step": step}
+    rest = {"step": step, "n": n, "k_r": k_r, "slope": slope}
+    return {"estimator": estimator, "draw": draw, "mean": mean, **rest}
 
 
-def by_law(pairs: list[tuple[float, float]]) -> dict[str, np.ndarray]:
+def by_law() -> dict[str, np.ndarray]:
     """The parts when every pair is as likely: the means' variance over t belongs to the draw."""
-    parts = [closed(r, t) for r, t in pairs]
+    parts = [closed(r, t) for r, t in grid_pairs()]
     mean = np.mean([p["mean"] for p in parts], 0)
     return {
         "estimator": np.mean([p["estimator"] for p in parts], 0),
@@ -157,9 +170,9 @@ def test_parts_of_a_gaussians_variance_in_closed_form() -> None:
     p, dataset = problem(Affine())
     v = {"a": torch.tensor(4.0), "b": torch.tensor(0.01)}
     adam = 1 / (np.array([2.0, 0.1]) + p.factors.optimizer.eps) ** 2
-    result = noise(p, dataset, [0.4, 1.5, 5.0], rows=4000, second_moment=v)
+    result = noise(p, dataset, [0.4, 1.5, 5.0], batches=100, second_moment=v)
     assert len(result["sigma"]) == 3 and result["N"] == N
-    expected = [closed(at["r"], at["sigma"]) for at in levels_of(result)] + [by_law(grid_pairs())]
+    expected = [closed(at["r"], at["sigma"]) for at in levels_of(result)] + [by_law()]
     for at, truth in zip([*levels_of(result), result["law"]], expected, strict=True):
         total = truth["estimator"] + truth["draw"]
         agree(at, "estimator", truth["estimator"].sum())
@@ -178,9 +191,9 @@ def test_parts_of_a_gaussians_variance_in_closed_form() -> None:
 
 
 def test_a_score_of_x_t_alone_has_no_noise_to_the_last_bit() -> None:
-    """Same bits given x_t: the estimator's part is 0, the draw's and the signal are those of CT."""
+    """The estimator's part is 0 for CD; the draw's and the signal are those of CT."""
     p, dataset = problem(Affine(), score=Analytic())
-    result = noise(p, dataset, [0.4, 1.5, 5.0], rows=4000)
+    result = noise(p, dataset, [0.4, 1.5, 5.0], batches=100)
     for at in [*levels_of(result), result["law"]]:
         assert at["estimator"] == at["estimator_se"] == at["rho"] == at["rho_se"] == 0
     for at in levels_of(result):
@@ -202,15 +215,15 @@ def test_networks_have_no_noise_under_a_teacher_either(
     result = noise(p, dataset, [0.5, 5.0], rows=50, batches=4)
     assert result["rho"] == [0.0, 0.0] and result["law"]["estimator"] == 0
     assert min(result["total"]) > 0
-    p = replace(p, factors=msgspec.structs.replace(p.factors, score=SingleSample()))
+    p = changed(p, score=SingleSample())
     assert min(noise(p, dataset, [0.5, 5.0], rows=50, batches=4)["rho"]) > 0.001
 
 
-@pytest.mark.parametrize("score", [SingleSample(), PosteriorK(k=3), KSample(n=4)], ids=str)
+@pytest.mark.parametrize("score", [CT, PosteriorK(k=3)], ids=str)
 def test_below_t_star_the_posterior_is_a_point(score: Score) -> None:
     sigma = Sigma(min=1e-4, max=5.0, data=1.0)
     p, dataset = problem(network(FEW), FEW, score, sigma=sigma, distance=PseudoHuber())
-    result = noise(p, dataset, [1e-4, 5.0], rows=50)
+    result = noise(p, dataset, [1e-4, 5.0], N=40, rows=50)
     assert result["sigma"][0] < 1e-3  # 40 points in the plane lie further apart
     assert result["estimator"][0] == result["rho"][0] == 0 and result["total"][0] > 0
     assert result["rho"][1] > 0.01
@@ -237,44 +250,54 @@ def test_a_label_that_is_x_is_noise_under_any_score() -> None:
 
 
 def test_dropout_is_a_part_of_its_own() -> None:
-    """Half of the rows pass, doubled, and b = 0: given x_t, the gradient of a is h or 0 with equal
-    chance. Its variance is half of h's own, the estimator's, and the mask's (E h)^2 / 4."""
-    net = Affine(b=0.0, drop=0.5)
-    net.b.requires_grad_(False)
-    p, dataset = problem(net, dropout=0.5)
-    free = closed(1.0, 2.0, a=0.6, b=0.0)  # pair by pair below: one mask scales student and target
-    assert free["estimator"][0] > 0
-    net.b.requires_grad_(True)
-    result = noise(p, dataset, [1.5, 5.0], rows=4000)
+    """A row passes, doubled, with chance 1/2. Given x_t, E g is then one or the other of two, and
+    the mask's part is a quarter of their squared distance; the estimator's is a mean over both."""
+    p, dataset = problem(Affine(b=0.0, drop=0.5), dropout=0.5)
+    result = noise(p, dataset, [1.5, 5.0], batches=100)
     for at in levels_of(result):
-        on, off = closed(at["r"], at["sigma"], 0.6, 0.0), closed(at["r"], at["sigma"], 0.0, 0.0)
-        # of a: doubled where the mask lets x pass, nothing where it does not; of b: always
-        a_square = (on["draw"] + on["mean"] ** 2)[0] * 4
-        b_on, b_off = (np.sqrt(part["draw"][1]) for part in (on, off))
-        agree(at, "estimator", 2 * on["estimator"][0] + (on["estimator"] + off["estimator"])[1] / 2)
-        sign = math.copysign(1, on["mean"][0] * off["mean"][0])  # of A in the two cases
-        agree(at, "dropout", a_square / 4 + (b_on - sign * b_off) ** 2 / 4, least=0.5)
+        on, off = (closed(at["r"], at["sigma"], a, 0.0) for a in (0.6, 0.0))
+        estimator = (4 * on["estimator"][0] + on["estimator"][1] + off["estimator"][1]) / 2
+        agree(at, "estimator", estimator)
+        # E g is slope (2 A x_t^2, A x_t) or slope (0, A' x_t); draw[1] is the mean square of A x_t
+        sign = math.copysign(1, on["mean"][0] * off["mean"][0])
+        apart = on["draw"][1] ** 0.5 - sign * off["draw"][1] ** 0.5
+        agree(at, "dropout", (4 * (on["draw"] + on["mean"] ** 2)[0] + apart**2) / 4, least=0.5)
         assert at["draw"] == pytest.approx(at["total"] - at["dropout"] - at["estimator"])
-    exact = replace(p, factors=msgspec.structs.replace(p.factors, score=Analytic()))
-    assert noise(exact, dataset, [1.5], rows=50)["estimator"] == [0.0]
-    assert noise(exact, dataset, [1.5], rows=50)["dropout"][0] > 0
+    exact = changed(p, score=Analytic())
+    assert noise(exact, dataset, [1.5])["estimator"] == [0.0]  # the same mask for both of a pair
+    assert noise(exact, dataset, [1.5])["dropout"][0] > 0
+
+
+def test_another_mask_leaves_the_estimators_part_as_it_is() -> None:
+    """Networks that differ in nothing but a dropout that never drops."""
+    p, dataset = problem(Affine())
+    never = changed(p, dropout=1e-9)
+    one, other = (noise(q, dataset, [1.5], batches=100, seed=i) for i, q in enumerate((p, never)))
+    assert other["dropout"] == [0.0]
+    both = math.hypot(one["estimator_se"][0], other["estimator_se"][0])
+    assert abs(one["estimator"][0] - other["estimator"][0]) < 4 * both
 
 
 def test_the_probe_is_unbiased_and_its_jackknife_calibrated() -> None:
     """Many small probes: their mean is the truth, their spread what one of them claims."""
     p, dataset = problem(Affine())
-    settings = {"batches": 8, "rows": 16}
-    found = [noise(p, dataset, [1.5], seed=seed, **settings) for seed in range(250)]
-    truth = closed(found[0]["r"][0], found[0]["sigma"][0])
-    expected = {"estimator": truth["estimator"].sum(), "draw": truth["draw"].sum(),
-                "signal": (truth["mean"] ** 2).sum(), "step": None}  # fmt: skip
-    expected["total"] = expected["estimator"] + expected["draw"]
-    for name, value in expected.items():
-        values = np.array([result[name][0] for result in found])
-        errors = np.array([result[f"{name}_se"][0] for result in found])
-        if value is not None:
-            assert abs(values.mean() - value) < 4 * values.std(ddof=1) / math.sqrt(len(values)), name
-        assert 0.77 < errors.mean() / values.std(ddof=1) < 1.3, name
+    found = [noise(p, dataset, [1.5], seed, batches=16, rows=32) for seed in range(150)]
+    (pair,) = gradients._pairs(p, N, [1.5])
+    cases = (
+        (closed(*pair), [levels_of(f)[0] for f in found]),
+        (by_law(), [f["law"] for f in found]),
+    )
+    for truth, results in cases:
+        expected = {k: truth[k].sum() for k in ("estimator", "draw")}
+        expected["total"] = sum(expected.values())
+        expected["signal"] = (truth["mean"] ** 2).sum()
+        for name in (*expected, "rho", "snr", "step"):
+            values = np.array([at[name] for at in results])
+            spread, errors = values.std(ddof=1), np.array([at[f"{name}_se"] for at in results])
+            if name in expected:
+                assert abs(values.mean() - expected[name]) < 4 * spread / math.sqrt(150), name
+            print(name, np.sqrt((errors**2).mean()) / spread, errors.mean()/spread)
+            assert 0.77 < np.sqrt((errors**2).mean()) / spread < 1.3, name
 
 
 def test_pairs_are_those_of_training() -> None:
@@ -291,11 +314,146 @@ def test_pairs_are_those_of_training() -> None:
     assert result["step"] == [None, None] and result["law"]["step_over_c_se"] is None
 
 
-def test_nothing_to_divide_by_is_none() -> None:
-    """Both levels at once at sigma_min: f is the identity, whatever the weights."""
-    p, dataset = problem(network(GAUSS), objective=Continuous(), sigma=Sigma(min=2.0, max=2.5, data=S))
-    p, dataset = problem(Affine(), weighting=Uniform(), discretization=Fixed(N=2))
-    p.net.a.data.zero_()
-    p.net.b.data.zero_()
-    frozen = [w.requires_grad_(False) for w in (p.net.a,)]
-    assert frozen
+def test_a_ratio_to_nothing_is_none() -> None:
+    p, dataset = problem(Idle())
+    result = noise(p, dataset, [1.5], rows=20, batches=4)
+    assert result["total"] == result["estimator"] == result["signal"] == [0.0]
+    assert result["rho"] == result["rho_se"] == result["snr"] == [None]
+    assert result["value"] is None and result["step"][0] > 0
+
+
+# --- cosine ---
+
+
+def cosine(p: Problem, dataset: Dataset, *scores: Score, **changes: object) -> dict:
+    settings = {"N": N, "progress": 1.0, "batches": 16, "rows": 1000, "levels": [1.5]}
+    generator = torch.Generator().manual_seed(0)
+    return gradient_cosine(p, *scores, dataset, generator=generator, **settings | changes)
+
+
+def test_cosine_of_two_scores_in_closed_form() -> None:
+    """A teacher that is off by q moves B by -k_r (1 - r / t) q."""
+    q = 1.5
+    known = {"edm": lambda x_t, t: x_t * S * S / (S * S + t[:, None] ** 2) + q}
+    p, dataset = problem(Affine(), teachers=known)
+    result = cosine(p, dataset, SingleSample(), Teacher(run="edm"), batches=64)
+    r, t = result["r"][0], result["sigma"][0]
+    own = closed(r, t)
+    other = own["mean"] - np.array([0, own["slope"][1] * own["k_r"] * (1 - r / t) * q])
+    lengths = np.linalg.norm(own["mean"]) * np.linalg.norm(other)
+    expected = own["mean"] @ other / lengths
+    assert expected < 0.9
+    (at,) = levels_of(result)
+    assert abs(at["cosine"] - expected) < 4 * at["cosine_se"] < 0.1
+    agree(at, "snr_score", (own["mean"] ** 2).sum() / (own["estimator"] + own["draw"]).sum())
+    assert result["value"] == result["law"]["cosine"]
+
+
+@dataclass(frozen=True)
+class Noisy(Problem):
+    """Gradients of known mean under heavy noise, most of it common to both scores."""
+
+    def at_levels(
+        self, batch: Batch, r: Tensor, t: Tensor, progress: Tensor | float = 1.0
+    ) -> Tensor:
+        first = isinstance(self.factors.score, SingleSample)
+        mean = torch.zeros(DIRECTIONS)
+        mean[0], mean[1] = (1.0, 0.0) if first else (COSINE, math.sqrt(1 - COSINE**2))
+        rows = mean + SPREAD * (batch.z + 0.2 * batch.z.roll(1 if first else 2, 1))
+        return rows @ self.net.weight[0]
+
+
+DIRECTIONS, COSINE, SPREAD = 10_000, 0.9, 0.16
+
+
+def test_cosine_under_heavy_noise_where_the_naive_ones_are_far_off() -> None:
+    """Of mean gradients in which noise is four times the signal: in common, or one another's."""
+    x = torch.zeros(2, DIRECTIONS)
+    dataset = Dataset(x, x, (DIRECTIONS,), 1.0, "")
+    p, _ = problem(nn.Linear(DIRECTIONS, 1, bias=False))
+    p = Noisy(p.factors, p.sigma, p.net, p.known)
+    result = cosine(p, dataset, SingleSample(), Analytic(), batches=16, rows=4, levels=[])
+    assert result["cosine"] == result["sigma"] == []
+    assert abs(result["value"] - COSINE) < 4 * result["law"]["cosine_se"] < 0.2
+
+    drawn = list(gradients._batches(dataset, 16, 4, torch.Generator().manual_seed(1)))
+    sides = [p, changed(p, score=Analytic())]
+    a, b = (torch.stack([gradients._gradient(side, batch, (batch.u, batch.u), 1.0)[0]
+                         for batch in drawn]) for side in sides)  # fmt: skip
+    same = torch.cosine_similarity(a.mean(0), b.mean(0), dim=0)
+    apart = torch.cosine_similarity(a[:8].mean(0), b[8:].mean(0), dim=0)
+    assert same > 0.94 and apart < 0.3
+    snr = 1 / (DIRECTIONS * SPREAD**2 * 1.04)
+    assert result["law"]["snr_score"] == pytest.approx(snr, rel=0.2)
+
+
+def test_cosine_of_a_score_with_itself_and_of_nothing() -> None:
+    p, dataset = problem(Affine())
+    assert cosine(p, dataset, Analytic(), Analytic())["cosine"] == pytest.approx([1.0])
+    p, dataset = problem(Idle())
+    result = cosine(p, dataset, CT, Analytic(), batches=4, rows=20)
+    assert result["cosine"] == result["cosine_se"] == result["snr_against"] == [None]
+
+
+# --- slopes ---
+
+FINE = Sigma(min=0.05, max=3.0, data=1.0)
+
+
+def slopes(
+    p: Problem, dataset: Dataset, Ns: tuple[int, ...] = (10, 20, 40), **changes: object
+) -> dict:
+    settings = {"progress": 1.0, "batches": 16, "rows": 4000}
+    generator = torch.Generator().manual_seed(0)
+    return gradient_slopes(p, SingleSample(), Analytic(), dataset, Ns, generator=generator,
+                           **settings | changes)  # fmt: skip
+
+
+def test_under_l2_the_gradients_meet_like_one_over_N_and_the_losses_never() -> None:
+    p, dataset = problem(network(TWO_MODES, 16), TWO_MODES, sigma=FINE)
+    result = slopes(p, dataset, rows=8000)
+    assert abs(result["slope_gradient"] + 1) < 4 * result["slope_gradient_se"] < 1.2
+    assert result["slope_gradient"] < -0.5 and result["value"] == result["slope_gradient"]
+    assert abs(result["slope_loss"]) < 0.1 and min(result["loss_ratio"]) > 0.5
+    assert (result["predicted_loss"], result["predicted_gradient"]) == (0.0, -1.0)
+    for name in ("loss_score", "loss_against"):  # w d, 1 / (t - r) times O(N^-2)
+        assert result[name][2] / result[name][1] == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("distance", [L2Norm(), L1()], ids=str)
+def test_under_a_norm_neither_meets(distance: factors.Distance) -> None:
+    p, dataset = problem(network(FEW), FEW, sigma=FINE, distance=distance)
+    p = replace(p, known=replace(p.known, density=p.known.law))
+    result = slopes(p, dataset, (20, 40, 80), rows=500)
+    assert abs(result["slope_gradient"]) < 0.2 > 4 * result["slope_gradient_se"]
+    assert abs(result["slope_loss"]) < 0.1 and min(result["gradient_difference"]) > 0.1
+    assert (result["predicted_loss"], result["predicted_gradient"]) == (0.0, 0.0)
+
+
+def test_losses_and_differences_on_a_gaussian_in_closed_form() -> None:
+    """Of affine f on a Gaussian the gradients are one, and the losses differ by the noise."""
+    p, dataset = problem(Affine(), distance=L2())
+    result = slopes(p, dataset, (8, 16))
+    pairs = grid_pairs()
+    parts = [closed(r, t) for r, t in pairs]
+    noise = [part["n"] / (t - r) for part, (r, t) in zip(parts, pairs, strict=True)]
+    whole = [part["step"] ** 2 / (t - r) for part, (r, t) in zip(parts, pairs, strict=True)]
+    first = {k: v[0] for k, v in result.items() if isinstance(v, list)}
+    agree(first, "loss_score", np.mean(whole))
+    agree(first, "loss_against", np.mean(whole) - np.mean(noise))
+    agree(first, "loss_ratio", np.mean(noise) / (np.mean(whole) - np.mean(noise)))
+    assert abs(first["squared_difference"]) < 4 * first["squared_difference_se"]
+
+
+def test_a_power_is_fitted_to_values_that_noise_makes_negative() -> None:
+    Ns, generator = (10, 20, 40, 80), np.random.default_rng(0)
+    truth, errors = 3 * np.array(Ns) ** -2.0, [1e-3] * 4
+    assert gradients._power(Ns, list(truth), errors) == pytest.approx(-2, abs=1e-4)
+    noisy = [truth + 1e-3 * generator.standard_normal(4) for _ in range(400)]
+    assert min(map(min, noisy)) < 0
+    assert np.median([gradients._power(Ns, list(y), errors) for y in noisy]) == pytest.approx(
+        -2, abs=0.02
+    )
+    assert gradients._power(Ns, [1.0, None, 1.0, 1.0], errors) is None
+    assert gradients._power(Ns, [-1.0] * 4, errors) is None
+    assert gradients._power(Ns, [1.0, 0.0, 0.0, 0.0], errors) is None

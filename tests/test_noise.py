@@ -118,6 +118,15 @@ def test_keys_are_independent_however_alike() -> None:
         assert z_scores(values[pairs[0]] * values[pairs[1]]).abs().max() < 4.5
 
 
+def test_no_key_or_stream_is_another_ones_sequence_from_further_on() -> None:
+    """Words in common, at whatever position, are no more than chance has it: n^2 / 2^32 a pair."""
+    n, asked = 1 << 17, [(0, 1), (1, 1), (2, 1), (1000, 1), (1, 2), (1, 3), (2, 3)]
+    sets = [noise.words(key(k), stream, (n,)).unique() for k, stream in asked]
+    for i, words in enumerate(sets):
+        for other in sets[:i]:
+            assert torch.isin(words, other).sum() < n * n / 2**32 + 5 * 2
+
+
 def test_one_bit_of_the_key_turns_every_high_bit_of_a_word_half_the_time() -> None:
     """Averaged over keys; low bits are not asked, nothing may choose by them."""
     n, some = 4096, [5, 12_345, 999_999_937, 2**31 - 1]
@@ -185,7 +194,7 @@ def test_a_key_filled_anew_draws_afresh() -> None:
         [1.0] * 50,
         [3e-30, 1e-30],
     ],
-    ids=str,
+    ids=lambda w: f"{len(w)} weights from {w[0]}",
 )
 def test_race_draws_each_with_its_probability(weights: list[float]) -> None:
     """The least E_i / w_i is at i with probability w_i / sum w; at 0 it never is."""
@@ -196,7 +205,8 @@ def test_race_draws_each_with_its_probability(weights: list[float]) -> None:
     assert (counts[share == 0] == 0).all()
     held = share > 0
     assert stats.chisquare(counts[held], n * share[held]).pvalue > 1e-3
-    assert stats.kstest(race.amin(1).double() * w.sum().item(), LAWS["exponential"].cdf).pvalue > 1e-3
+    least = race.amin(1).double() * w.sum().item()
+    assert stats.kstest(least, LAWS["exponential"].cdf).pvalue > 1e-3
 
 
 def test_races_of_rows_and_draws_are_apart() -> None:
