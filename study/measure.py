@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from study import evaluate, instruments, oracle, probes, trajectories
-from study.data import Dataset, to_float, to_uint8
+from study.data import Dataset, to_uint8
 from study.factors import Denoising
 from study.models import Lookup, finished, knowledge, level_range
 from study.settings import HEUN_NFE, PROBES
@@ -122,8 +122,7 @@ def values(snapshot: Snapshot, record: Mapping[str, Any]) -> dict[str, Any]:
             **evaluate.class_histogram(snapshot.classes(name, *made(0)), seen),
         }
     if kind == "memorisation":
-        parts = [to_float(x) for x in (dataset.train, dataset.held_out)]
-        return evaluate.memorisation(snapshot.samples(*made(0)), *parts)
+        return evaluate.memorisation(snapshot.samples(*made(0)), dataset.train, dataset.held_out)
     if kind == "pushforward":
         x = oracle.quantiles(snapshot.sigma, record["points"])
         x = torch.as_tensor(x, dtype=torch.float32, device=snapshot.device)[:, None]

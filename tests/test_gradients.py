@@ -202,6 +202,16 @@ def test_a_score_of_x_t_alone_has_no_noise_to_the_last_bit() -> None:
         agree(at, "signal", (truth["mean"] ** 2).sum())
 
 
+@pytest.mark.parametrize("changes", [{"score": PosteriorK(k=4)}, {"repeat": 4}], ids=str)
+def test_four_draws_of_x_have_a_quarter_of_the_noise(changes: dict) -> None:
+    """All of them are drawn again, x and those that the score or the loss draws itself."""
+    p, dataset = problem(Affine(), **changes)
+    (at,) = levels_of(noise(p, dataset, [1.5], batches=100))
+    truth = closed(at["r"], at["sigma"])
+    agree(at, "estimator", truth["estimator"].sum() / 4)
+    agree(at, "draw", truth["draw"].sum(), least=0.5)
+
+
 @pytest.mark.parametrize("objective", [factors.Consistency(), Continuous()], ids=str)
 @pytest.mark.parametrize("distance", [L2(), PseudoHuber(), L1()], ids=str)
 def test_networks_have_no_noise_under_a_teacher_either(
@@ -281,7 +291,7 @@ def test_another_mask_leaves_the_estimators_part_as_it_is() -> None:
 def test_the_probe_is_unbiased_and_its_jackknife_calibrated() -> None:
     """Many small probes: their mean is the truth, their spread what one of them claims."""
     p, dataset = problem(Affine())
-    found = [noise(p, dataset, [1.5], seed, batches=16, rows=32) for seed in range(150)]
+    found = [noise(p, dataset, [1.5], seed, batches=16, rows=32) for seed in range(100)]
     (pair,) = gradients._pairs(p, N, [1.5])
     cases = (
         (closed(*pair), [levels_of(f)[0] for f in found]),
@@ -295,8 +305,7 @@ def test_the_probe_is_unbiased_and_its_jackknife_calibrated() -> None:
             values = np.array([at[name] for at in results])
             spread, errors = values.std(ddof=1), np.array([at[f"{name}_se"] for at in results])
             if name in expected:
-                assert abs(values.mean() - expected[name]) < 4 * spread / math.sqrt(150), name
-            print(name, np.sqrt((errors**2).mean()) / spread, errors.mean()/spread)
+                assert abs(values.mean() - expected[name]) < 4 * spread / 10, name
             assert 0.77 < np.sqrt((errors**2).mean()) / spread < 1.3, name
 
 
