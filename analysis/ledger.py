@@ -46,7 +46,8 @@ def spend(study: Study) -> pd.DataFrame:
 
 
 def audit(study: Study) -> list[Mismatch]:
-    """What is unequal within a block, or over the study, where it should be equal.
+    """What is unequal within a block, or over the study, where it should be equal. Fixed points,
+    which are computed at no cost, take no part.
 
     Within a block, among variants: own + charged images; the data's digest; the digest of images,
     noise and u among runs of one side (student or teacher), data_stream and batch; the initial
@@ -54,7 +55,7 @@ def audit(study: Study) -> list[Mismatch]:
     study: commit, device, torch, Python, and whether the checkout was clean.
     """
     runs = study.runs[(study.runs.role == "variant") & (study.runs.outcome == "trained")
-                      & (study.runs.same_as == "")]
+                      & (study.runs.same_as == "") & (study.runs.objective != "fixed_point")]
     factors = {(r["cell"], r["name"]): r["factors"] for r in study.recipes}
     found: dict[tuple[str, str, str], list[int]] = {}
     for (cell, seed), block in runs.groupby(["cell", "seed"], sort=False):
@@ -116,6 +117,9 @@ def standing(study: Study, mismatches: Iterable[Mismatch], cell: str,
     what is unequal.
     """
     rows = study.runs[(study.runs.cell == cell) & (study.runs.role == "variant")]
+    fixed = rows[rows.objective == "fixed_point"]["id"]
+    if ids is not None and not fixed.isin(ids := list(ids)).any():
+        rows = rows[rows.objective != "fixed_point"]
     planned = set(rows["id"])
     diverged = rows[rows.outcome == "diverged"]["id"].nunique()
     text = ""

@@ -8,8 +8,8 @@ Losses of different variants are never drawn against each other: they are differ
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from analysis import probes, stats, tables, words
+from analysis import instruments, oracle, probes, stats, tables, trajectories, words
+from analysis.files import REPORTED
 from analysis.load import Study
+from analysis.recipes import computed
 from analysis.style import GREY, MARKERS, PALE, STYLE, Drawn, capital, palette, save
 
 WIDE_TICKS = (-93.75, -87.5, -75, -50, 0, 100, 300, 700, 1500)  # percent: powers of two
@@ -46,7 +48,13 @@ def draw_all(study: Study, table: pd.DataFrame, folder: Path) -> dict[str, list[
     for cell in study.cells:
         for name, draw in (("effects", _effects), ("curves", _curves),
                            ("score_error", probes.score), ("map_error", probes.map_error),
-                           ("samples", probes.samples)):
+                           ("gradient_noise", instruments.noise),
+                           ("gradient_parts", instruments.parts),
+                           ("gradient_step", instruments.step),
+                           ("gradient_cosine", instruments.cosine),
+                           ("gradient_slopes", instruments.slopes),
+                           ("trajectories", trajectories.ends), ("drift", trajectories.drift),
+                           ("fixed_points", oracle.bias), ("samples", probes.samples)):
             with matplotlib.rc_context(STYLE):
                 drawn = draw(study, table, cell, colours)
                 if drawn:
@@ -135,8 +143,9 @@ def forest(axes: Axes, rows: pd.DataFrame, colours: dict[str, Any], metric: str,
         ticks = [t for t in ticks if ends[0] <= t <= ends[1]]
         axes.set_xticks([math.log1p(t / 100) for t in ticks],
                         [f"{t:+.3g} %".replace("-", "\u2212") if t else "0" for t in ticks])
-    what = (f"change in {tables.title(metric)}, logarithmic axis" if log
-            else f"difference in {tables.title(metric)}")
+    what = (f"change in {tables.title(metric)}, logarithmic axis" if log else
+            f"{'shortfall' if metric in stats.BETTER_HIGH else 'difference'} in "
+            f"{tables.title(metric)}")
     axes.set_xlabel(what + r"   (better $\leftarrow$ 0 $\rightarrow$ worse)")
 
 
@@ -163,7 +172,8 @@ def _effects(study: Study, table: pd.DataFrame, cell: str,
 def curve(axes: Axes, study: Study, cell: str, endpoint: dict[str, Any], colours: dict[str, Any]
           ) -> list[str]:
     """Metric against own + charged images; returns the ids of the runs drawn."""
-    names = tables.variants(study, cell)
+    every = {r["name"]: r for r in study.recipes if r["cell"] == cell}
+    names = [n for n in tables.variants(study, cell) if not computed(every[n])]
     where = {k: v for k, v in endpoint.items() if k != "at"}
     rows = tables.select(study.measures[study.measures.cell == cell], where)
     gone = study.runs[study.runs.outcome == "diverged"]["id"]
@@ -173,7 +183,7 @@ def curve(axes: Axes, study: Study, cell: str, endpoint: dict[str, Any], colours
         return []
     rows = rows[rows.identity == rows.identity.mode()[0]]
     log = stats.is_log(endpoint["metric"])
-    back: Callable[[Any], Any] = np.exp if log else np.asarray
+    back = partial(stats.restore, endpoint["metric"])
     lines: dict[str, list[tuple[float, ...]]] = {n: [] for n in names}
     for _, group in rows.groupby("at"):
         g = group.assign(value=stats.transform(endpoint["metric"], group["value"].to_numpy()))
@@ -221,8 +231,11 @@ def _curves(study: Study, table: pd.DataFrame, cell: str,
     if main is None:
         return None
     rows = study.measures[(study.measures.cell == cell) & (study.measures.role == "variant")
-                          & study.measures.ema.isin([main["ema"], ""])]
+                          & study.measures.ema.isin([main["ema"], ""])
+                          & ~study.measures.metric.isin(REPORTED)]
     rows = rows[rows.reference.isin([main["reference"], ""]) | (main["reference"] == "")]
+    fixed = study.runs[study.runs.objective == "fixed_point"]["id"]
+    rows = rows[~rows["id"].isin(fixed)]
     keys = rows.groupby(["metric", "nfe", "ema", "reference"], sort=False, dropna=False)
     ends = [dict(zip(keys.keys, key, strict=True)) for key, g in keys if g["at"].nunique() > 1]
     if not ends:

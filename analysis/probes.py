@@ -13,14 +13,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from PIL import Image
 
 from analysis import tables, words
 from analysis.load import Study
+from analysis.records import renamed
 from analysis.style import GREY, INK, MARKERS, Drawn, capital
 
 SCORE_PANELS = (("variance", "variance of the estimate given $x_t$"),
+                ("effective_samples", "effective number of images in\nthe posterior"),
                 ("bias2", "squared bias against the\nknown denoiser"),
                 ("distance2", "squared distance of its mean to\nthe empirical posterior mean"),
                 ("held_out_loss", "denoising loss on held-out data"))
@@ -38,13 +41,21 @@ def score(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any]) -> 
     if not panels:
         return None
     groups = _by_score(study, cell, rows, list(colours))
-    figure = Figure(figsize=(3.7 * len(panels) + 0.6, 4.1), layout="constrained")
-    grid = figure.subplots(1, len(panels), squeeze=False, sharex=True)[0]
+    columns = len(panels) if len(panels) < 5 else 3
+    tall = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(3.7 * columns + 0.6, 3.3 * tall + 0.8), layout="constrained")
+    grid = list(figure.subplots(tall, columns, squeeze=False, sharex=True).flat)
+    for axes in grid[len(panels):]:
+        axes.axis("off")
+    for axes in grid[:len(panels)]:
+        axes.tick_params(labelbottom=True)
     posterior = rows.groupby("sigma")["posterior_variance"].mean()
     hidden = False
-    for axes, (key, label) in zip(grid, panels, strict=True):
+    for axes, (key, label) in zip(grid, panels, strict=False):
         top, before = np.nanmax([rows[key].max(), posterior.max()]), []
-        for text, sharing, group in groups:
+        if key == "effective_samples":
+            _effective(axes, rows)
+        for text, sharing, group in groups if f"{key}_se" in rows else ():
             group = group.assign(square=group[f"{key}_se"] ** 2)
             curve_ = group.groupby("sigma").agg(
                 mean=(key, "mean"), low=(key, "min"), high=(key, "max"), n=(key, "count"),
@@ -63,13 +74,14 @@ def score(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any]) -> 
                       label=name + " (variance 0)" * bool(group["variance"].eq(0).all()))
             axes.fill_between(told.index, told["low"].where(told["low"] > 0), told["high"],
                               alpha=0.15, lw=0, color=colour)
-        axes.plot(posterior.index, posterior.where(posterior > 0), color=INK, lw=1, ls=":",
-                  label=r"posterior variance $E\,\mathrm{Tr\,Cov}[x\,|\,x_t]$")
-        if rows.t_star.notna().any():
+        if f"{key}_se" in rows:
+            axes.plot(posterior.index, posterior.where(posterior > 0), color=INK, lw=1, ls=":",
+                      label=r"posterior variance $E\,\mathrm{Tr\,Cov}[x\,|\,x_t]$")
+        if rows.t_star.max() > 0:
             axes.axvline(rows.t_star.mean(), color=GREY, lw=1.2, ls="-.", label="$t^*$")
         axes.set(xscale="log", yscale="log", xlabel=r"noise level $\sigma$",
                  xlim=(rows.sigma.min() / 1.5, rows.sigma.max() * 1.5))
-        if top > 0:
+        if top > 0 and f"{key}_se" in rows:
             axes.set_ylim(max(axes.get_ylim()[0], SMALLEST * top), 3 * top)
         axes.set_title(capital(label), fontsize=10)
     grid[0].set_ylabel(f"denoiser units, summed over d = {rows.dimension.iloc[0]:.0f}")
@@ -86,14 +98,25 @@ def score(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any]) -> 
     if star == star:
         caption += (f" t* = {star:.3g} is the largest sigma at which the posterior over the "
                     "training set is still the one image that made x_t (mean weight .99 or more): "
-                    "below it only a trained score differs from that image. Near t* the "
+                    "below it that is all the posterior is, any test of variance is empty, and "
+                    "only a trained score differs from that image. Near t* the "
                     "single-sample variance is a rare-event estimate; the posterior variance, "
                     "its exact value, is not.")
+    if rows.effective_samples.notna().any():
+        caption += (" The effective number of images, 1 / sum of squared posterior weights, is "
+                    "the median over points: 1 (line) is a single image.")
     lacking = study.missing[(study.missing.cell == cell)
                             & study.missing.file.str.contains("-score_error-")]["file"].nunique()
     measured = rows["file"].nunique()
     return figure, (f"{caption} Stands on {measured} of {measured + lacking} distinct "
                     "scores."), None
+
+
+def _effective(axes: Axes, rows: pd.DataFrame) -> None:
+    """How many images the posterior holds: a property of the data, one line for all scores."""
+    sizes = rows.groupby("sigma")["effective_samples"].mean()
+    axes.plot(sizes.index, sizes, color=INK, marker="o", ms=4, mew=0)
+    axes.axhline(1, color=GREY, lw=1)
 
 
 def _by_score(study: Study, cell: str, rows: pd.DataFrame, names: list[str]
@@ -104,8 +127,7 @@ def _by_score(study: Study, cell: str, rows: pd.DataFrame, names: list[str]
              .itertuples(index=False)}
 
     def text(given: dict[str, Any], run_names: dict[str, str]) -> str:
-        run = given.get("run")
-        return words.factor_text(given | ({"run": run_names.get(run, run)} if run else {}))
+        return words.factor_text(renamed(given, run_names))
 
     sharing: dict[str, list[str]] = {}
     for r in study.recipes:

@@ -58,7 +58,8 @@ def identity(settings: dict[str, Any], data_digest: str | None) -> str:
 
 
 def spread(rows: dict[str, list[tuple]], where: tuple, role: str, extra: tuple[float, float],
-           digest: str | None, file: str, record: dict[str, Any], names: Mapping[str, str]) -> None:
+           digest: str | None, file: str, record: dict[str, Any], names: Mapping[str, str]
+           ) -> None:
     """Appends one measurement file's values to the rows of the frames.
 
     extra: the images charged to the run, and those of all its sources. names: of runs by id, so
@@ -117,7 +118,8 @@ def _scalars(over: str, given: dict[str, Any]) -> Iterable[tuple[str, float, str
     """The same of the numbers of a JSON object, each with its standard error beside it."""
     return [(over, math.nan, key, number(value), number(given.get(f"{key}_se")))
             for key, value in given.items()
-            if number(value) == number(value) and not key.endswith("_se")]
+            if number(value) == number(value)
+            and not (key.endswith("_se") and key[:-3] in given)]
 
 
 def _at(values: list[float], i: int) -> float:

@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 import pandas as pd
 
-from analysis import ledger, load, plots, stats, tables, words
+from analysis import ledger, load, plots, sections, stats, tables, words
 from analysis.document import Block, Figure, Items, Link, Section, Table, Text, html, markdown
 from analysis.load import Study
 from study.spec import StudyError
@@ -26,7 +26,7 @@ from study.spec import StudyError
 LISTED = 20  # entries of a list before it says "and N more"
 ALT = {"effects": "effects with intervals", "curves": "metric against budget",
        "score_error": "score error against sigma", "map_error": "map error against sigma",
-       "samples": "samples of every variant"}
+       "samples": "samples of every variant", **sections.ALT}
 
 
 def build(folder: Path) -> Path:
@@ -39,9 +39,10 @@ def build(folder: Path) -> Path:
     out.mkdir(exist_ok=True)
     table, mismatches = tables.comparisons(study), ledger.audit(study)
     frames = {"runs": study.runs, "measures": study.measures, "comparisons": table,
-              "score_error": study.score_errors, "map_error": study.map_errors}
+              "score_error": study.score_errors, "map_error": study.map_errors,
+              "instruments": study.instruments}
     for name, frame in frames.items():
-        if name == "map_error" and frame.empty:
+        if name in ("map_error", "instruments") and frame.empty:
             continue
         frame.to_csv(out / f"{name}.csv", index=False, float_format="%.10g", lineterminator="\n")
     pictures = plots.draw_all(study, table, out)
@@ -49,10 +50,10 @@ def build(folder: Path) -> Path:
 
     def figures(kind: str) -> list[Block]:
         return [Figure(p.file, f"{ALT[kind]}, {p.cell}",
-                       f"{p.caption} {ledger.standing(study, mismatches, p.cell, p.ids)}")
+                       f"{p.caption} {ledger.standing(study, mismatches, p.cell, p.ids)}".strip())
                 for p in pictures.get(kind, [])] or [Text(f"No data yet: {ALT[kind]}.")]
 
-    sections = [
+    parts = [
         Section("Question", (Text(study.question or "(none stated)", "question"),)),
         Section("Answer", tuple(Text(t, "answer") for t in words.answers(study, table))
                 + tuple(_beside(study, table))),
@@ -62,13 +63,14 @@ def build(folder: Path) -> Path:
         Section("Metric against budget", (*_values(study, mismatches), *figures("curves"))),
         Section("Score error against sigma", tuple(figures("score_error") + (
             figures("map_error") if "map_error" in pictures else []))),
+        *sections.sections(study, lambda kind: figures(kind) if kind in pictures else []),
         Section("Samples", tuple(figures("samples"))),
         Section("Ledger audit", tuple(_audit(study, mismatches))),
         Section("Provenance", tuple(_provenance(study))),
         Section("From a number to its run", tuple(_trace(study)))]
     title = f"Study {study.name}"
-    (out / "report.md").write_text(markdown(title, sections), encoding="utf-8")
-    (out / "report.html").write_text(html(title, sections, out), encoding="utf-8")
+    (out / "report.md").write_text(markdown(title, parts), encoding="utf-8")
+    (out / "report.html").write_text(html(title, parts, out), encoding="utf-8")
     return out / "report.html"
 
 
@@ -281,8 +283,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 It works on a study that is still running and says what is missing. The folder report/ holds
 report.html (one file, nothing fetched), report.md, preview.png, the figures, and as CSV: runs,
-measures (every value with the file it came from), comparisons, score_error, map_error. It can be
-deleted and rebuilt; the same run folders give the same bytes.
+measures (every value with the file it came from), comparisons, score_error, map_error, instruments
+(every value over noise levels, N, classes or modes, one a row). It can be deleted and rebuilt;
+the same run folders give the same bytes.
 
 exit status: 0 done; 2 a study is missing or cannot be read""")
     parser.add_argument("study", nargs="*", metavar="STUDY",

@@ -1,9 +1,10 @@
 """Paired statistics over blocks. A block is (cell, seed): its runs differ only in the variant.
 
 An effect is the mean over blocks of d_i = g(variant_i) - g(baseline_i), with g = ln for distances
-that live on a ratio scale (FID, sliced Wasserstein, map error) and g = identity for KID, which may
-be negative, and for shares of mass. d > 0 means the variant is worse. Intervals are Student's,
-mean(d) +- t_{n-1} sd(d) / sqrt(n), from n = 3; two blocks are shown as two points, one as itself.
+that live on a ratio scale (FID, sliced Wasserstein, map error), g = identity for KID, which may be
+negative, and for shares, and g = minus for shares that are better high. d > 0 means the variant is
+worse. Intervals are Student's, mean(d) +- t_{n-1} sd(d) / sqrt(n), from n = 3; two blocks are
+shown as two points, one as itself.
 Blocks of several cells are never pooled. Fewer than six blocks are a screening: no verdict.
 """
 
@@ -18,7 +19,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special, stats
 
-LOG_METRICS = ("fid", "sliced_wasserstein", "map_error")
+LOG_METRICS = ("fid", "sliced_wasserstein", "map_error", "trajectory_error", "pushforward_w2")
+BETTER_HIGH = ("precision", "recall")
 INTERVAL_FROM = 3
 VERDICT_FROM = 6
 SIGN_FLIP_UP_TO = 20  # 2^20 sign patterns; beyond that the t test is as good
@@ -64,8 +66,14 @@ def transform(metric: str, values: ArrayLike) -> NDArray[np.float64]:
     """g of the metric, elementwise; a value that has no logarithm becomes nan, "not measured"."""
     x = np.asarray(values, dtype=float)
     if not is_log(metric):
-        return x
+        return -x if metric in BETTER_HIGH else x
     return np.log(x, out=np.full_like(x, np.nan), where=x > 0)
+
+
+def restore(metric: str, g: ArrayLike) -> NDArray[np.float64]:
+    """The metric's own values of transformed ones, elementwise."""
+    g = np.asarray(g, dtype=float)
+    return np.exp(g) if is_log(metric) else -g if metric in BETTER_HIGH else g
 
 
 def percent(effect: float) -> float:

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import seaborn as sns
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from analysis.load import Study
+from analysis.recipes import computed
 
 INK, GREY, PALE = "#1f2933", "#7b8794", "#e4e7eb"
 COLOURS = (*sns.color_palette("colorblind").as_hex()[:6], "#56b4e9", "#6a3d9a", "#6b7280",
@@ -25,11 +28,26 @@ Drawn = tuple[Figure, str, list[str] | None] | None
 
 
 def palette(study: Study) -> dict[str, Any]:
-    """One colour per variant name, in file order, kept over all figures."""
-    names = list(dict.fromkeys(r["name"] for r in study.recipes if r["role"] == "variant"))
-    few = len(names) <= len(COLOURS)
-    colours = COLOURS[:len(names)] if few else sns.color_palette("husl", len(names))
-    return dict(zip(names, colours, strict=True))
+    """One colour per variant name, in file order, kept over all figures; fixed points have softer
+    ones of their own, so that the trained keep colours that are told apart."""
+    own = [r for r in study.recipes if r["role"] == "variant"]
+    names = list(dict.fromkeys(r["name"] for r in own))
+    fixed = {r["name"] for r in own if computed(r)}
+    trained = [n for n in names if n not in fixed]
+    few = len(trained) <= len(COLOURS)
+    colours = COLOURS[:len(trained)] if few else sns.color_palette("husl", len(trained))
+    found = dict(zip(trained, colours, strict=True))
+    soft = iter(sns.husl_palette(len(fixed), s=0.5, l=0.6).as_hex() if fixed else ())
+    return {n: found.get(n) or next(soft) for n in names}
+
+
+def plain_log(axis: Axis) -> None:
+    """Plain numbers on a logarithmic axis that spans little more than a decade, or less."""
+    low, high = axis.get_view_interval()
+    if 0 < low < high < 20 * low:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 6 * low else MaxNLocator(5))
+        axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -19,17 +19,24 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.ticker import EngFormatter
 from numpy.typing import NDArray
 
 from analysis import stats
-from analysis.load import Study, number
+from analysis.files import REPORTED
+from analysis.load import Study
+from analysis.recipes import SPLIT, along, computed, counterparts, differing
+from analysis.records import number
 
 METRICS = {"fid": "FID", "kid": "KID", "sliced_wasserstein": "sliced Wasserstein distance",
            "mode_mass_between": "mass between modes", "mode_mass_tv": "mode-share error (TV)",
-           "map_error": "consistency-map error"}
+           "map_error": "consistency-map error", "memorisation": "memorisation",
+           "class_tv": "class-share error (TV)", "trajectory_error": "trajectory error",
+           "pushforward_w2": "one-step Wasserstein-2 distance",
+           "pushforward_between": "one-step mass between modes"}
 USES = {"fid": ("nfe", "ema", "reference"), "kid": ("nfe", "ema", "reference"),
-        "map_error": ("ema",)}  # what else identifies a metric's endpoint; others: nfe and ema
+        **dict.fromkeys(("map_error", "trajectory_error", "pushforward_w2", "pushforward_between"),
+                        ("ema",))}  # what else identifies a metric's endpoint; others: nfe and ema
+MEANT = {"trajectories": "trajectory_error", "coverage": "recall", "pushforward": "pushforward_w2"}
 ENDPOINT = ("metric", "nfe", "at", "ema", "reference")
 STEPS = {1: "one-step ", 2: "two-step "}
 
@@ -39,8 +46,6 @@ COMPARISON_COLUMNS = (
     "matched_with_sources", "role", "mean_variant", "mean_baseline", "percent",
     "percent_low", "percent_high", "sd", "diverged_variant", "diverged_baseline",
     "equal_variances_p", "points", "identity")
-BUDGET, SPLIT = "budget", "budget split"
-AMOUNT = EngFormatter(sep="")  # 64k
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,9 @@ def primary_endpoint(study: Study, cell: str) -> dict[str, Any] | None:
     p = study.primaries.get(cell)
     if p is None:
         return None
-    uses = USES.get(p["metric"], ("nfe", "ema"))
-    return {"metric": p["metric"], "at": number(p["at"]),
+    metric = MEANT.get(p["metric"], p["metric"])  # a study names a measurement by its kind
+    uses = USES.get(metric, ("nfe", "ema"))
+    return {"metric": metric, "at": number(p["at"]),
             "nfe": number(p["nfe"]) if "nfe" in uses else math.nan,
             "ema": str(p["ema"]) if "ema" in uses else "",
             "reference": (p["reference"] or "") if "reference" in uses else ""}
@@ -107,6 +113,7 @@ def shown_endpoint(study: Study, cell: str) -> dict[str, Any] | None:
     metric that its variants have, at the last point.
     """
     rows = study.measures[(study.measures.cell == cell) & (study.measures.role == "variant")]
+    rows = rows[~rows.metric.isin(REPORTED)]
     if cell in study.primaries:
         return primary_endpoint(study, cell)
     if rows.empty:
@@ -134,7 +141,9 @@ def variants(study: Study, cell: str) -> list[str]:
 
 
 def pairs(study: Study, cell: str) -> list[Pair]:
-    """The comparisons to make in a cell; each unordered pair once."""
+    """The comparisons to make in a cell; each unordered pair once. A fixed point is compared with
+    the variants that it is the end of and with no other; where the primary has one too, these are
+    secondary, elsewhere they are not tested."""
     names = variants(study, cell)
     recipes = {r["name"]: r for r in study.recipes if r["cell"] == cell}
     primary = study.primaries.get(cell, {})
@@ -146,55 +155,24 @@ def pairs(study: Study, cell: str) -> list[Pair]:
             made.setdefault(frozenset((variant, baseline)), Pair(
                 variant, baseline, differing(recipes, variant, baseline), role))
 
+    trained = [n for n in names if not computed(recipes[n])]
+    learned = bool(primary) and any(computed(recipes[n]) for n in sides)
     if primary:
         add(*sides, "primary")
-        for name in names:
+        for name in () if learned else trained:
             add(name, sides[1], "secondary")
-    for i, later in enumerate(names):
-        for earlier in names[:i]:
+    for variant, fixed in counterparts(recipes).items():
+        add(variant, fixed, "secondary" if learned else "descriptive")
+    for i, later in enumerate(trained):
+        for earlier in trained[:i]:
             factors = [f for f in differing(recipes, later, earlier)
                        if not (f.startswith(SPLIT) and {later, earlier} & {*sides})]
             if len(factors) == 1:
-                along = primary and tuple(factors) == differing(recipes, *sides)
-                at = [_along(recipes, sides, factors[0], n) if along else 0.0
+                its = primary and tuple(factors) == differing(recipes, *sides)
+                at = [along(recipes, sides, factors[0], n) if its else 0.0
                       for n in (later, earlier)]
                 add(*(later, earlier) if at[0] >= at[1] else (earlier, later), "secondary")
     return list(made.values())
-
-
-def differing(recipes: dict[str, Any], a: str, b: str) -> tuple[str, ...]:
-    """The top-level factors in which two recipes differ; those that both ignore left out."""
-    one, two = recipes[a]["factors"], recipes[b]["factors"]
-    idle = {BUDGET, *({*recipes[a]["ignored"]} & {*recipes[b]["ignored"]})}
-    keys = [k for k in dict.fromkeys([*one, *two]) if k not in idle and one.get(k) != two.get(k)]
-    (own_a, charged_a), (own_b, charged_b) = bills = [planned(recipes, n) for n in (a, b)]
-    if own_a + charged_a != own_b + charged_b:
-        keys.append(BUDGET)
-    elif own_a != own_b:
-        own, charged = max(bills, key=lambda bill: bill[1])
-        keys.append(f"{SPLIT} ({AMOUNT(own)} own + {AMOUNT(charged)} charged)")
-    return tuple(keys)
-
-
-def planned(recipes: dict[str, Any], name: str) -> tuple[float, float]:
-    """A recipe's own images and those of the sources charged to it."""
-    def images(n: str) -> float:
-        return number(recipes[n]["factors"].get(BUDGET, {}).get("images"))
-
-    return images(name), math.fsum(images(n) for n in recipes[name]["charge"])
-
-
-def _along(recipes: dict[str, Any], sides: tuple[str, str], factor: str, name: str) -> float:
-    """Where a recipe's value of the primary's factor lies between the baseline's, 0, and the
-    variant's, 1: amounts in proportion, any other value halfway.
-    """
-    def value(n: str) -> object:
-        return sum(planned(recipes, n)) if factor == BUDGET else recipes[n]["factors"].get(factor)
-
-    x, high, low = value(name), value(sides[0]), value(sides[1])
-    if all(number(v) == v for v in (x, high, low)):
-        return (x - low) / (high - low)
-    return 0.0 if x == low else 1.0 if x == high else 0.5
 
 
 def comparisons(study: Study) -> pd.DataFrame:
@@ -208,18 +186,20 @@ def comparisons(study: Study) -> pd.DataFrame:
         endpoint = primary_endpoint(study, cell)
         made, names = pairs(study, cell), variants(study, cell)
         frame = study.measures[(study.measures.cell == cell) & study.measures.name.isin(names)
-                               & (study.measures.role == "variant")]
+                               & (study.measures.role == "variant")
+                               & ~study.measures.metric.isin(REPORTED)]
         runs = study.runs[(study.runs.cell == cell) & (study.runs.role == "variant")]
         ids = runs.pivot(index="seed", columns="name", values="id")
         diverged = {(r.name, r.seed) for r in
                     runs[runs.outcome == "diverged"][["name", "seed"]].itertuples(index=False)}
+        fixed = {r["name"] for r in study.recipes if r["cell"] == cell and computed(r)}
         groups = [(dict(zip(ENDPOINT, key[:-1], strict=True)), key[-1], group) for key, group
                   in frame.groupby([*ENDPOINT, "identity"], sort=False, dropna=False)]
         if endpoint and not len(select(frame, endpoint)):
             groups.insert(0, (endpoint, "", frame.iloc[:0]))
         for where, what, group in groups:
             rows += _group(made, ids, diverged, where | {"cell": cell, "identity": what}, group,
-                           tested=_same(where, endpoint))
+                           fixed, tested=_same(where, endpoint))
     table = pd.DataFrame(rows, columns=list(COMPARISON_COLUMNS))
     _judge(study, table)
     order = table.role.map({"primary": 0, "secondary": 1}).fillna(2)
@@ -232,8 +212,10 @@ def _same(a: dict[str, Any], b: dict[str, Any] | None) -> bool:
 
 
 def _group(made: list[Pair], ids: pd.DataFrame, diverged: set[tuple[str, int]],
-           where: dict[str, Any], group: pd.DataFrame, tested: bool) -> list[dict[str, Any]]:
-    """The comparisons of one cell at one endpoint and identity."""
+           where: dict[str, Any], group: pd.DataFrame, fixed: set[str], tested: bool
+           ) -> list[dict[str, Any]]:
+    """The comparisons of one cell at one endpoint and identity. Fixed points have no residual that
+    could be pooled."""
     def wide(column: str) -> pd.DataFrame:
         return group.pivot(index="seed", columns="name", values=column).reindex(ids.index)
 
@@ -244,7 +226,8 @@ def _group(made: list[Pair], ids: pd.DataFrame, diverged: set[tuple[str, int]],
         g[i, [place[x] for x, s in diverged if s == seed and x in place]] = np.nan
     images = [wide(k).to_numpy(dtype=float) for k in ("images_total", "images_with_sources")]
     planned, gone = ids.notna(), Counter(x for x, _ in diverged)
-    log, fit, rows = stats.is_log(where["metric"]), stats.layout(g), []
+    trained = [j for j, n in enumerate(values.columns) if n not in fixed]
+    log, fit, rows = stats.is_log(where["metric"]), stats.layout(g[:, trained]), []
     for pair in made:
         a, b = pair.variant, pair.baseline
         if len(group) and not {a, b} & set(place):
@@ -254,12 +237,13 @@ def _group(made: list[Pair], ids: pd.DataFrame, diverged: set[tuple[str, int]],
                  else np.zeros(len(g), dtype=bool))
         sides = g[np.ix_(there, both)]
         d = sides[:, 0] - sides[:, 1] if there.any() else np.empty(0)
-        means = sides.mean(axis=0) if there.any() else np.full(2, np.nan)
-        means = np.exp(means) if log else means
+        means = stats.restore(where["metric"],
+                              sides.mean(axis=0) if there.any() else np.full(2, np.nan))
         matched = [_equal(x[np.ix_(there, both)]) for x in images]
         counts = [gone.get(x, 0) for x in (a, b)]
         e = stats.paired(d.tolist())
-        low, high = stats.pooled_interval(e.effect, e.n, fit)
+        low, high = ((math.nan, math.nan) if {a, b} & fixed
+                     else stats.pooled_interval(e.effect, e.n, fit))
         rows.append(where | {
             "variant": a, "baseline": b, "differs": ", ".join(pair.differs), "n": e.n,
             "planned": int((planned[a] & planned[b]).sum()),
@@ -312,7 +296,7 @@ def summary(study: Study, cell: str, role: str) -> pd.DataFrame:
     """
     rows = study.measures[(study.measures.cell == cell) & (study.measures.role == role)]
     gone = study.runs[study.runs.outcome == "diverged"]["id"]
-    rows = rows[~rows["id"].isin(gone) & rows["value"].notna()]
+    rows = rows[~rows["id"].isin(gone) & rows["value"].notna() & ~rows.metric.isin(REPORTED)]
     if rows.empty:
         return pd.DataFrame()
     endpoint = primary_endpoint(study, cell)
@@ -321,8 +305,9 @@ def summary(study: Study, cell: str, role: str) -> pd.DataFrame:
     rows = rows.assign(key=list(zip(rows["metric"], rows["identity"], strict=True)))
 
     def entry(group: pd.DataFrame) -> tuple[float, float, float, int]:
-        g = stats.transform(group["metric"].iloc[0], group["value"].to_numpy())
-        mean = math.exp(g.mean()) if stats.is_log(group["metric"].iloc[0]) else float(g.mean())
+        metric = group["metric"].iloc[0]
+        g = stats.transform(metric, group["value"].to_numpy())
+        mean = float(stats.restore(metric, g.mean()))
         return mean, group["value"].min(), group["value"].max(), len(group)
 
     cells = {(n, k): entry(group) for (n, k), group in rows.groupby(["name", "key"], sort=False)}

@@ -11,6 +11,7 @@ from matplotlib.ticker import EngFormatter
 
 from analysis import stats, tables
 from analysis.load import Study
+from analysis.recipes import AMOUNT, BUDGET, computed, differing, planned
 
 SI = EngFormatter(sep="\u00a0")
 VERDICTS = {"tie": "a tie within the margin",
@@ -20,7 +21,17 @@ VERDICTS = {"tie": "a tie within the margin",
 KINDS = {"single_sample": "single sample (CT)", "teacher": "teacher {run} (CD)",
          "empirical": "exact posterior mean of the training set",
          "analytic": "exact posterior mean of the mixture", "run": "weights of {run}",
-         "frozen": "frozen {run}", "stopgrad": "own weights, stop-gradient"}
+         "frozen": "frozen {run}", "stopgrad": "own weights, stop-gradient",
+         "posterior_k": "mean of {k} posterior draws", "none": "none", "data": "the images",
+         "k_sample": "self-normalised mean over {n} references",
+         "own": "own denoising head (average mu {mu}, grown in over {ramp} of training)",
+         "windowed": "{inside} for t in ({t_low}, {t_high}], {outside} elsewhere",
+         "denoising_head": "a denoising head beside f (weight {weight}, labels: {labels})",
+         "ect": "ECT's mapping r(t) (q {q}, k {k}, b {b}, {stages} stages)",
+         "continuous": "continuous time (sCM; warm-up {warm_up} of training, c {c})",
+         "fixed_point": "fixed point, computed and not trained",
+         "l2": "mean square", "l2_norm": "norm, not squared", "l1": "mean absolute difference",
+         "log_uniform": "log-uniform"}
 GLOSSARY = ("EMA: moving average of the weights, its length a share of training. NFE: network "
             "evaluations per sample. Block: the runs of one cell and seed, which differ only in "
             "the variant. Charged: images spent on a source and taken from the variant's own "
@@ -56,9 +67,10 @@ def sentence(row: pd.Series) -> str:
     if row.n == 0:
         return (f"not answered yet: no seed of {row.planned} has the {name} of both {row.variant} "
                 f"and {row.baseline}.{gone}")
+    higher = (row.effect > 0) != (row.metric in stats.BETTER_HIGH)
     size = (f"{abs(row.percent):.{1 if abs(row.percent) < 10 else 0}f}\u00a0%" if log
             else f"{abs(row.effect):.3g}")
-    text = (f"{row.variant}'s {name} is {size} {'higher' if row.effect > 0 else 'lower'} than "
+    text = (f"{row.variant}'s {name} is {size} {'higher' if higher else 'lower'} than "
             f"{row.baseline}'s ({row.mean_variant:.3g} against {row.mean_baseline:.3g}, "
             f"{'geometric ' if log else ''}means; ")
     if row.n < stats.INTERVAL_FROM:
@@ -126,14 +138,17 @@ def recipes(study: Study, cell: str) -> tuple[list[tuple[str, str, str]], str]:
     every = {r["name"]: r for r in study.recipes if r["cell"] == cell}
     own = [r for r in every.values() if r["role"] == "variant"]
     primary = study.primaries.get(cell)
-    told = tables.differing(every, primary["variant"], primary["against"]) if primary else ()
+    told = differing(every, primary["variant"], primary["against"]) if primary else ()
     found: dict[str, list[str]] = {r["name"]: [] for r in own}
     shared = []
     for factor in dict.fromkeys(f for r in own for f in r["factors"]):
-        if factor == tables.BUDGET:
+        if factor == BUDGET:
             continue
         texts = {r["name"]: factor_text(r["factors"].get(factor)) for r in own
                  if factor not in r["ignored"]}
+        if factor == "repeat":
+            texts = {n: t if t == "1" else f"{t} draws of x per x_t, their losses averaged"
+                     for n, t in texts.items()}
         values = list(texts.values())
         common = max(values, key=values.count, default="")
         label = factor.replace("_", " ")
@@ -144,23 +159,44 @@ def recipes(study: Study, cell: str) -> tuple[list[tuple[str, str, str]], str]:
             shared.append(f"{label} {common}")
     rows = []
     for name, parts in found.items():
-        images, charged = tables.planned(every, name)
-        rows.append((name, "; ".join(parts) or "all as most", f"{tables.AMOUNT(images)} own"
-                     + f" + {tables.AMOUNT(charged)} charged" * bool(charged)))
+        images, charged = planned(every, name)
+        spent = f"{AMOUNT(images)} own" + f" + {AMOUNT(charged)} charged" * bool(charged)
+        rows.append((name, "; ".join(parts) or "all as most",
+                     "none: computed" if computed(every[name]) else spent))
     return rows, "; ".join(shared)
 
 
 def factor_text(given: Any) -> str:  # noqa: ANN401 (a JSON value)
     """A factor's value in plain words."""
     if isinstance(given, dict):
+        if given.get("kind") == "blend":
+            return _blend(given)
         fields = {k: v for k, v in given.items() if k != "kind" and v is not None}
         kind = str(given.get("kind", ""))
         if kind in KINDS:
-            return KINDS[kind].format(run=fields.get("run", "?"))
+            parts = {k: factor_text(v) for k, v in fields.items()}
+            if kind == "denoising_head" and "run" in fields.get("labels", {}):
+                parts["labels"] = f"the denoiser {fields['labels']['run']}"
+            shared = ", shared by the batch" if fields.get("shared") is True else ""
+            try:
+                return KINDS[kind].format_map(parts) + shared
+            except KeyError:  # settings leave out what is as by default
+                return KINDS[kind].split(" (")[0].replace("{run}", "?")
         kind = kind.replace("_", " ")
         inner = ", ".join(f"{k} {factor_text(v)}" for k, v in fields.items())
         return f"{kind} ({inner})" if inner and kind else inner or kind
     return given if isinstance(given, str) else json.dumps(given)
+
+
+def _blend(given: dict[str, Any]) -> str:
+    """A blend's mean, between the teacher's and the exact one, and its noise."""
+    alpha, beta = float(given.get("alpha", math.nan)), float(given.get("beta", math.nan))
+    run = given.get("run")
+    mean = ("exact posterior mean" if alpha == 1 else f"mean of teacher {run}" if alpha == 0 else
+            f"{alpha:g} exact posterior mean + {1 - alpha:g} teacher {run}")
+    noise = "no noise" if beta == 0 else f"{beta:g} of the single sample's noise"
+    gaussian = ", Gaussian" if given.get("residual") == "gaussian" and beta else ""
+    return f"{mean}, {noise}{gaussian} (blend alpha {alpha:g}, beta {beta:g})"
 
 
 def percent_text(effect: float) -> str:

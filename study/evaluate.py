@@ -232,7 +232,7 @@ def memorisation(samples: Tensor, train: Tensor, held_out: Tensor) -> dict[str, 
     ...), uint8 images or x in [-1, 1]; distances are L2 over all pixels of x.
 
     "value": share of samples whose nearest of m training images is nearer than their nearest of m
-    held-out ones, a tie counting half; "images": m, the size of the smaller part, a fixed choice
+    held-out ones, a tie counting half; "compared": m, the size of the smaller part, a fixed choice
     of each. 0.5 where nothing is memorised. Where every sample copies a training image it is 1 if
     all n of these are compared, but (1 + m / n) / 2 if m of them are, so "excess" compares all n
     with the m: (share - n / (n + m)) / (m / (n + m)), 0 where nothing is memorised, 1 where
@@ -265,7 +265,7 @@ def memorisation(samples: Tensor, train: Tensor, held_out: Tensor) -> dict[str, 
         "value": value,
         "value_se": math.sqrt(value * (1 - value) / len(samples)),
         "null_se": null,
-        "images": m,
+        "compared": m,
         "excess": 1 - (1 - share) * (n + m) / m,
         "excess_null_se": share_null * (n + m) / m,
         "nearest_train": near,

@@ -335,7 +335,7 @@ def test_training_images_are_memorised_and_held_out_images_the_opposite() -> Non
     train, held_out = wide(500, 0), wide(200, 1)
     result = memorisation(train, train, held_out)
     # of the others, that are not among the 200 chosen, half are nearer to training images
-    assert result["images"] == 200
+    assert result["compared"] == 200
     assert result["value"] == pytest.approx((1 + 200 / 500) / 2, abs=0.12)
     assert result["excess"] == 1.0
     assert result["nearest_train"] == result["ratio"] == 0.0

@@ -16,6 +16,7 @@ from study.data import Batch, Dataset
 from study.factors import (
     L1,
     L2,
+    Adam,
     Analytic,
     Budget,
     Continuous,
@@ -168,8 +169,9 @@ def levels_of(result: dict) -> list[dict]:
 def test_parts_of_a_gaussians_variance_in_closed_form() -> None:
     """Per level and under the law, raw and divided by Adam's second moment."""
     p, dataset = problem(Affine())
-    v = {"a": torch.tensor(4.0), "b": torch.tensor(0.01)}
-    adam = 1 / (np.array([2.0, 0.1]) + p.factors.optimizer.eps) ** 2
+    p = changed(p, optimizer=Adam(eps=0.5))
+    v = {"a": torch.tensor(0.04), "b": torch.tensor(0.09)}
+    adam = 1 / (np.array([0.2, 0.3]) + 0.5) ** 2
     result = noise(p, dataset, [0.4, 1.5, 5.0], batches=100, second_moment=v)
     assert len(result["sigma"]) == 3 and result["N"] == N
     expected = [closed(at["r"], at["sigma"]) for at in levels_of(result)] + [by_law()]

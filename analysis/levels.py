@@ -1,0 +1,133 @@
+"""What the figures of instruments share: the rows to draw, means over seeds, and what to say.
+
+A mean over seeds is drawn with a bar of one standard error, the larger of two: from the noise of
+each run's measurement, and from the spread over seeds. Bands go from the smallest seed to the
+largest.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from analysis import tables
+from analysis.load import Study
+from analysis.style import GREY, MARKERS
+
+SIGMA, STAR = r"noise level $t$", "$t^*$"
+ERROR = "± one standard error (the larger of the measurement's own and that over seeds)"
+BARS = ("Means over seeds; bars are one standard error (the larger of the measurement's own and "
+        "that over seeds), bands go from the smallest to the largest seed.")
+
+
+def rows_of(study: Study, cell: str, kind: str, last: bool = True) -> pd.DataFrame:
+    """The values of one kind that a cell's variants have, those of diverged runs left out; last:
+    at the last point only. Of several averages of the weights the first, of several settings those
+    that most files have."""
+    rows = study.instruments
+    gone = study.runs[study.runs.outcome == "diverged"]["id"]
+    rows = rows[(rows.kind == kind) & (rows.cell == cell) & ~rows["id"].isin(gone)
+                & rows.name.isin(tables.variants(study, cell))]
+    rows = rows[rows.ema.isin(rows.ema.iloc[:1])]
+    if last and len(rows):
+        rows = rows[rows["at"] == rows["at"].max()]
+    return rows[rows.identity.isin(rows.identity.mode().iloc[:1])]
+
+
+def planned(study: Study, cell: str, kind: str) -> bool:
+    """Whether a cell's study asks for a measurement of this kind."""
+    return any(frame[frame.cell == cell].file.str.contains(f"-{kind}-", regex=False).any()
+               for frame in (study.missing, study.measures))
+
+
+def stands_on(study: Study, cell: str, kind: str, rows: pd.DataFrame) -> str:
+    """How many of the files asked for a figure or table stands on, and at which points."""
+    points = rows["at"].unique()
+    lacking = study.missing[(study.missing.cell == cell)
+                            & study.missing.file.str.contains(f"-{kind}-", regex=False)]
+    at = lacking.file.str.split("-").str[0].astype(float).round(3)
+    lacking = lacking[at.isin(np.round(points, 3))].drop_duplicates(["id", "file"])
+    measured, why = rows["file"].nunique(), lacking.why.value_counts()
+    text = f"Stands on {measured} of {measured + len(lacking)} planned files"
+    text += f" ({', '.join(f'{n} {w}' for w, n in why.items())})" if len(why) else ""
+    return f"{text}, at {', '.join(f'{100 * p:g} %' for p in sorted(points))} of the budget."
+
+
+def over_seeds(rows: pd.DataFrame, by: str = "level") -> pd.DataFrame:
+    """mean, se, low, high and n over runs, by level; what is nan counts as not measured."""
+    rows = rows[rows["value"].notna()]
+    rows = rows.assign(square=rows["se"] ** 2)
+    groups = rows.groupby(by)
+    frame = groups["value"].agg(mean="mean", low="min", high="max", n="count")
+    within = np.sqrt(groups["square"].agg(lambda x: x.sum(skipna=False))) / frame["n"]
+    return frame.assign(se=np.fmax(within, groups["value"].std() / np.sqrt(frame["n"])))
+
+
+def one(rows: pd.DataFrame) -> dict[str, float]:
+    """The same of a single number per run: mean, se, low, high, n; nan and 0 for no rows."""
+    frame = over_seeds(rows.assign(all=0), "all")
+    return frame.iloc[0].to_dict() if len(frame) else dict.fromkeys(
+        ("mean", "se", "low", "high"), math.nan) | {"n": 0}
+
+
+def text_of(entry: dict[str, float], digits: int = 3) -> str:
+    """A mean with its standard error, and the seeds it stands on where they are one."""
+    if not entry["n"]:
+        return "–"
+    text = plain(entry["mean"], digits).replace("-", "\u2212")
+    return text + (f" ± {plain(entry['se'], 2)}" if entry["se"] > 0 else "")
+
+
+def plain(value: float, digits: int) -> str:
+    """A number with so many digits that count, without an exponent unless it is extreme."""
+    return f"{float(f'{value:.{digits}g}'):g}"
+
+
+def law_of(rows: pd.DataFrame, quantity: str) -> str:
+    """A quantity's average under the law of training, mean over seeds."""
+    return text_of(one(rows[(rows.over == "law") & (rows.quantity == quantity)]), 2)
+
+
+def draw(axes: Axes, frame: pd.DataFrame, colour: Any, label: str | None = None,  # noqa: ANN401
+         marker: int = 0, style: Any = "-", positive: bool = False) -> bool:  # noqa: ANN401
+    """One line over levels with its bars and band; positive: only what is, for logarithmic axes.
+    Returns whether there was anything to draw."""
+    frame = frame[frame["mean"] > 0] if positive else frame
+    if frame.empty:
+        return False
+    se = frame["se"].fillna(0).to_numpy()
+    below = np.minimum(se, 0.9 * frame["mean"].to_numpy()) if positive else se
+    axes.errorbar(frame.index, frame["mean"], yerr=[below, se], color=colour, label=label,
+                  linestyle=style, marker=MARKERS[marker % len(MARKERS)], ms=4.5, mew=0,
+                  elinewidth=1.1, capsize=2)
+    if (frame["n"] > 1).any():
+        low = frame["low"].where(frame["low"] > 0, frame["mean"]) if positive else frame["low"]
+        axes.fill_between(frame.index, low, frame["high"], color=colour, alpha=0.13, lw=0)
+    return True
+
+
+def t_star(study: Study, cell: str) -> float:
+    """t* of the cell's data, from its score errors; nan if unknown or if data are endless."""
+    return float(study.score_errors[study.score_errors.cell == cell]["t_star"].mean())
+
+
+def mark(axes: Axes, star: float) -> None:
+    """The line at t*, if it lies within the levels drawn."""
+    low, high = axes.get_xlim()
+    if low < star < high:
+        axes.axvline(star, color=GREY, lw=1.2, ls="-.", label=STAR)
+
+
+def star_text(study: Study, cell: str) -> str:
+    """What t* says about any variance below it."""
+    rows, star = study.score_errors[study.score_errors.cell == cell], t_star(study, cell)
+    if rows.empty:
+        return "t* of these data is not known here: no score error is measured."
+    if star != star:
+        return "These data are endless: there is no t*, the posterior is never one image."
+    return (f"Below t* = {star:.3g} the posterior over the training set is one image and any test "
+            "of variance is empty.")

@@ -1,0 +1,216 @@
+"""The report's sections of instruments: a short table and the figures of each, where a study asks
+for the measurement."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pandas as pd
+
+from analysis import oracle, tables, trajectories
+from analysis.document import Block, Section, Table, Text
+from analysis.instruments import compared
+from analysis.levels import (
+    ERROR,
+    one,
+    over_seeds,
+    planned,
+    rows_of,
+    stands_on,
+    star_text,
+    text_of,
+)
+from analysis.load import Study
+
+ALT = {"gradient_noise": "noise of the gradient against t", "gradient_parts": "origins of noise",
+       "gradient_step": "step size against t", "gradient_cosine": "cosine of gradients against t",
+       "gradient_slopes": "losses and gradients against N", "trajectories": "distance to the end",
+       "drift": "drift along trajectories", "fixed_points": "bias of fixed points"}
+NOISE = (("rho", "rho"), ("rho_adam", "rho, Adam's metric"), ("estimator", "estimate"),
+         ("dropout", "dropout"), ("draw", "draw"), ("total", "total"), ("snr", "signal / noise"))
+COSINE = (("cosine", "cosine"), ("snr_score", "signal / noise, first"),
+          ("snr_against", "signal / noise, second"))
+SLOPES = (("slope_loss", "losses, fitted"), ("predicted_slope_loss", "losses, predicted"),
+          ("slope_gradient", "gradients, fitted"),
+          ("predicted_slope_gradient", "gradients, predicted"))
+MEMORY = (("value", "nearer to training images"), ("null_se", "by luck ±"),
+          ("excess", "excess, whole training set"), ("excess_null_se", "by luck ±"),
+          ("nearest_train", "distance to training images"),
+          ("nearest_held_out", "of held-out images"), ("ratio", "ratio"))
+COVERAGE = (("precision", "precision"), ("recall", "recall"), ("tv", "class-share error (TV)"))
+
+
+def sections(study: Study, figures: Callable[[str], list[Block]]) -> list[Section]:
+    """The sections of what the study asks for. figures: the blocks of a kind of figure."""
+    made = []
+    for title, kinds, drawn, table in (
+            ("Noise of the gradient", ("gradient_noise",),
+             ("gradient_noise", "gradient_parts", "gradient_step"), noise),
+            ("Direction of the gradient", ("gradient_cosine",), ("gradient_cosine",), cosine),
+            ("Losses and gradients against N", ("gradient_slopes",), ("gradient_slopes",), slopes),
+            ("One trajectory, one output", ("trajectories",), ("trajectories", "drift"), paths),
+            ("Fixed points", ("pushforward",), ("fixed_points",), oracle.blocks),
+            ("Memorisation and coverage", ("memorisation", "coverage"), (), samples)):
+        cells = [c for c in study.cells if any(planned(study, c, kind) for kind in kinds)]
+        if cells:
+            blocks = [b for c in cells for b in table(study, c)]
+            blocks += [b for kind in drawn for b in figures(kind)] if blocks else []
+            made.append(Section(title, tuple(blocks) or (
+                Text(f"No data yet: {title[:1].lower()}{title[1:]}."),)))
+    return made
+
+
+def _law_table(study: Study, cell: str, kind: str, columns: tuple[tuple[str, str], ...],
+               over: str, caption: str) -> list[Block]:
+    """One row per variant and point of training, means over seeds; columns without a number are
+    left out."""
+    rows = rows_of(study, cell, kind, last=False)
+    single = rows[rows.over == over]
+    columns = tuple(c for c in columns if (single.quantity == c[0]).any())
+    if not columns:
+        return []
+    body, points = [], sorted(rows["at"].unique())
+    for name in dict.fromkeys(rows.name):
+        for at in points:
+            own = single[(single.name == name) & (single["at"] == at)]
+            entries = [one(own[own.quantity == q]) for q, _ in columns]
+            if own.empty:
+                continue
+            body.append((str(name), *([f"{100 * at:g} %"] if len(points) > 1 else []),
+                         *(text_of(e) for e in entries), f"{own['id'].nunique()}"))
+    header = ("variant", *(["at"] if len(points) > 1 else []), *(c[1] for c in columns), "seeds")
+    return [Table(header, tuple(body), f"{cell}: {caption} "
+                  + stands_on(study, cell, kind, rows))]
+
+
+def noise(study: Study, cell: str) -> list[Block]:
+    """Parts of the gradient's variance under the law of training."""
+    return _law_table(
+        study, cell, "gradient_noise", NOISE, "law",
+        f"under the law of training, means over seeds {ERROR}. rho is the estimate's "
+        "share of the variance; estimate, dropout, draw and total are variances of one image's "
+        "gradient, summed over parameters; signal / noise is the squared mean gradient over the "
+        "total. " + star_text(study, cell))
+
+
+def cosine(study: Study, cell: str) -> list[Block]:
+    """The cosine of two scores' gradients under the law of training."""
+    rows = rows_of(study, cell, "gradient_cosine")
+    if rows.empty:
+        return []
+    first, second = compared(study, rows)
+    return _law_table(
+        study, cell, "gradient_cosine", COSINE, "law",
+        f"mean gradients of {first} (first) and {second} (second) at the same weights under the "
+        f"law of training, noise removed; means over seeds {ERROR}. "
+        + star_text(study, cell))
+
+
+def slopes(study: Study, cell: str) -> list[Block]:
+    """Fitted and predicted slopes in N."""
+    rows = rows_of(study, cell, "gradient_slopes")
+    if rows.empty:
+        return []
+    first, second = compared(study, rows)
+    return _law_table(
+        study, cell, "gradient_slopes", SLOPES, "run",
+        f"slopes in ln N of the relative differences of losses and mean gradients of {first} and "
+        f"{second}; means over seeds {ERROR}. –: no slope is predicted, or none "
+        "could be fitted.")
+
+
+def paths(study: Study, cell: str) -> list[Block]:
+    """Error at T, drift and spread by path."""
+    rows = rows_of(study, cell, "trajectories")
+    there = trajectories.there(rows)
+    if not there:
+        return []
+    floor = one(rows[(rows.over == "run") & (rows.quantity == "floor")])
+    top, body = rows[rows.over == "sigma"].level.max(), []
+    for name in dict.fromkeys(rows.name):
+        own = rows[rows.name == name]
+        for path in there:
+            end = over_seeds(own[(own.quantity == path) & (own.over == "sigma")])
+            spread = one(own[(own.quantity == f"spread_{path}") & (own.over == "run")])
+            if top not in end.index:
+                continue
+            entry = end.loc[top].to_dict()
+            body.append((str(name), trajectories.PATHS[path], text_of(entry), text_of(spread),
+                         text_of(floor) if path.endswith("teacher") else "–",
+                         f"{entry['n']:.0f}"))
+    return [Table(("variant", "path", "error at T", "spread along the path", "floor", "seeds"),
+                  tuple(body),
+                  f"{cell}: distance of f(x(T), T), T = {top:.3g}, to the end of each score's "
+                  "path from there, and spread of f along it: rms in units of the data, "
+                  f"means over seeds {ERROR}. The floor is the distance between the "
+                  "ends of two teachers' paths. " + stands_on(study, cell, "trajectories", rows))]
+
+
+def samples(study: Study, cell: str) -> list[Block]:
+    """Memorisation, precision, recall and the histogram of classes."""
+    blocks: list[Block] = []
+    rows = {kind: _last(study, cell, kind) for kind in ("memorisation", "coverage")}
+    for kind, columns, caption in (
+            ("memorisation", MEMORY,
+             "share of samples whose nearest training image is nearer than their nearest held-out "
+             "one, of equally many each: 0.5 where nothing is memorised. Excess: the same against "
+             "the whole training set, scaled to 0 where nothing is memorised and 1 where "
+             "everything is. By luck: the standard deviation over images and samples where "
+             "nothing is. Then the median distances of samples, and of held-out images, to the "
+             "training images, and their ratio."),
+            ("coverage", COVERAGE,
+             "precision is the share of samples near real images, recall the share of real images "
+             "near samples, in the extractor's features; both are better high.")):
+        if len(rows[kind]):
+            columns = tuple(c for c in columns if (rows[kind].quantity == c[0]).any())
+            blocks.append(_sample_table(rows[kind], columns, f"{cell}: {caption} Means over seeds."
+                                        f" {stands_on(study, cell, kind, rows[kind])}"))
+    return blocks + _histogram(cell, rows["coverage"])
+
+
+def _last(study: Study, cell: str, kind: str) -> pd.DataFrame:
+    """The values at the end, of variants once each and of sources."""
+    rows = study.instruments[(study.instruments.kind == kind) & (study.instruments.cell == cell)]
+    gone = study.runs[study.runs.outcome == "diverged"]["id"]
+    names = [*tables.variants(study, cell), *rows[rows.role == "source"].name.unique()]
+    rows = rows[rows.name.isin(names) & ~rows["id"].isin(gone)]
+    return rows[rows["at"] == rows["at"].max()]
+
+
+def _sample_table(rows: pd.DataFrame, columns: tuple[tuple[str, str], ...], caption: str
+                  ) -> Table:
+    body = []
+    for (name, ema, nfe), own in rows.groupby(["name", "ema", "nfe"], sort=False):
+        single = own[own.over == "run"]
+        body.append((str(name), str(ema), f"{nfe:g}",
+                     *(_single(single[single.quantity == q], q) for q, _ in columns),
+                     f"{own['id'].nunique()}"))
+    return Table(("name", "EMA", "NFE", *(c[1] for c in columns), "seeds"), tuple(body), caption)
+
+
+def _single(rows: pd.DataFrame, quantity: str) -> str:
+    """A number with its standard error; of one that is itself an error the mean alone."""
+    entry = one(rows)
+    return text_of(entry | {"se": math.nan} if quantity.endswith("_se") else entry)
+
+
+def _histogram(cell: str, rows: pd.DataFrame) -> list[Block]:
+    """Shares of classes, the training images' first."""
+    rows = rows[rows.over == "class"]
+    classes = sorted(rows.level.unique())
+    if not classes:
+        return []
+
+    def line(name: str, own: pd.DataFrame, quantity: str) -> tuple[str, ...]:
+        mean = over_seeds(own[own.quantity == quantity])["mean"]
+        return name, *(f"{100 * mean[c]:.1f}" if c in mean.index else "–" for c in classes)
+
+    body = [line("training images", rows, "reference_shares")]
+    for (name, ema, nfe), own in rows.groupby(["name", "ema", "nfe"], sort=False):
+        alike = rows[rows.name == name].groupby(["ema", "nfe"]).ngroups
+        body.append(line(f"{name}, EMA {ema}, {nfe:g} NFE" if alike > 1 else str(name), own,
+                         "shares"))
+    return [Table(("percent of class", *(f"{c:g}" for c in classes)), tuple(body),
+                  f"{cell}: shares of the classes that the extractor's classifier sees, means "
+                  "over seeds.")]
