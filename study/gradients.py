@@ -78,7 +78,7 @@ def gradient_noise(
     f, scale = problem.factors, None
     if second_moment is not None:
         v = [second_moment[name].flatten() for name, _ in problem.net.named_parameters()]
-        scale = 1 / (torch.cat(v).double().sqrt() + f.optimizer.eps)
+        scale = 1 / (torch.cat(v).double().sqrt() + f.optimizer.eps).to(generator.device)
     stepped = not isinstance(f.objective, factors.Continuous)
     c = getattr(f.distance, "c0", 0.0) * math.prod(dataset.shape) ** 0.5  # pseudo-Huber's
 

@@ -50,7 +50,6 @@ SIGMA = Sigma(min=0.1, max=5.0, data=S)
 GAUSS = Mixture(means=((0.0,),), std=S, held_out=8)
 TWO_MODES = Mixture(means=((-1.0,), (1.0,)), std=0.3, held_out=8)
 FEW = Mixture(means=((-1.0, 0.5), (1.0, 0.0)), std=0.3, samples=40, held_out=8)
-PARTS = ("estimator", "dropout", "draw", "total", "signal")
 
 
 class Affine(nn.Module):
@@ -169,9 +168,8 @@ def levels_of(result: dict) -> list[dict]:
 def test_parts_of_a_gaussians_variance_in_closed_form() -> None:
     """Per level and under the law, raw and divided by Adam's second moment."""
     p, dataset = problem(Affine())
-    p = changed(p, optimizer=Adam(eps=0.5))
-    v = {"a": torch.tensor(0.04), "b": torch.tensor(0.09)}
-    adam = 1 / (np.array([0.2, 0.3]) + 0.5) ** 2
+    v = {"a": torch.tensor(4.0), "b": torch.tensor(0.01)}
+    adam = 1 / np.array([2.0, 0.1]) ** 2
     result = noise(p, dataset, [0.4, 1.5, 5.0], batches=100, second_moment=v)
     assert len(result["sigma"]) == 3 and result["N"] == N
     expected = [closed(at["r"], at["sigma"]) for at in levels_of(result)] + [by_law()]
@@ -202,6 +200,17 @@ def test_a_score_of_x_t_alone_has_no_noise_to_the_last_bit() -> None:
         truth = closed(at["r"], at["sigma"])
         agree(at, "draw", truth["draw"].sum(), least=0.5)
         agree(at, "signal", (truth["mean"] ** 2).sum())
+
+
+def test_adam_divides_by_the_root_of_v_and_eps() -> None:
+    """sqrt(4) + 1 and sqrt(1) + 1 are 3 and 2, as are sqrt(9) and sqrt(4)."""
+    p, dataset = problem(Affine())
+    values = []
+    for eps, a, b in ((1.0, 4.0, 1.0), (1e-12, 9.0, 4.0), (1e-12, 1.0, 1.0)):
+        adam = changed(p, optimizer=Adam(eps=eps))
+        v = {"b": torch.tensor(b), "a": torch.tensor(a)}
+        values.append(noise(adam, dataset, [1.5], rows=50, second_moment=v)["rho_adam"][0])
+    assert values[0] == pytest.approx(values[1], rel=1e-9) != pytest.approx(values[2], rel=1e-3)
 
 
 @pytest.mark.parametrize("changes", [{"score": PosteriorK(k=4)}, {"repeat": 4}], ids=str)
