@@ -92,11 +92,14 @@ class Mlp(Kind, frozen=True, tag="mlp"):
 
 
 class Unet(Kind, frozen=True, tag="unet"):
-    """A U-Net for square images; `levels` resolutions, channels doubled once below the first."""
+    """A U-Net for square images; `levels` resolutions, channels doubled once below the first.
+    patch: pixels a side that are taken together as channels, which the size must be a multiple
+    of."""
 
     width: Annotated[int, Meta(ge=4, le=4096, multiple_of=4)] = 32
     levels: Annotated[int, Meta(ge=1, le=6)] = 2
     blocks: Annotated[int, Meta(ge=1, le=8)] = 1
+    patch: Annotated[int, Meta(ge=1, le=8)] = 1
 
 
 # --- what is learned ---

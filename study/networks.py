@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from study import factors, noise, seeds
+from study.errors import StudyError
 
 MAX_CHANNELS_FACTOR = 2  # channels double once below the first resolution
 
@@ -53,7 +54,11 @@ class Network(nn.Module):
 
     def body(self, x: Tensor, c_noise: Tensor, key: Tensor | None) -> Tensor:
         """F of x (B, ...) and c_noise (B,), in x's shape or flattened."""
-        return self.out(self.trunk(x, c_noise, key))
+        return self.shaped(self.out(self.trunk(x, c_noise, key)))
+
+    def shaped(self, y: Tensor) -> Tensor:
+        """An output layer's values in the order of x's."""
+        return y
 
     def forward(
         self, x: Tensor, c_noise: Tensor, key: Tensor | None = None, both: bool = False
@@ -63,7 +68,8 @@ class Network(nn.Module):
         # no cache: a captured step would read casts that were made outside of it
         with torch.autocast(x.device.type, self.dtype, enabled=half, cache_enabled=False):
             h = self.trunk(x, c_noise, key)
-            outputs = [self.out(h), self.head(h)] if both else [self.out(h)]
+            layers = (self.out, self.head) if both else (self.out,)
+            outputs = [self.shaped(layer(h)) for layer in layers]
         F_x, *more = (y.float().view(x.shape) for y in outputs)
         return (F_x, *more) if both else F_x
 
@@ -143,16 +149,21 @@ class Unet(Network):
         width: int,
         levels: int,
         blocks: int,
+        patch: int,
         drop: float,
         precision: str,
         head: bool,
     ) -> None:
         super().__init__(precision)
+        if shape[1] % patch:
+            raise StudyError(f"network.patch: {patch} does not divide {shape[1]} pixels a side")
+        pixels = shape[0] * patch**2
+        self.patch = patch
         label = 4 * width
         channels = [width * min(2**i, MAX_CHANNELS_FACTOR) for i in range(levels)]
         self.width = width
         self.time = nn.Linear(2 * width, label)
-        self.inp = nn.Conv2d(shape[0], width, 3, padding=1)
+        self.inp = nn.Conv2d(pixels, width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         here, skips, layer = width, [], 0
         for c in channels:
@@ -168,13 +179,18 @@ class Unet(Network):
                 stage.append(Block(here, c, label, drop, layer))
                 here, layer = c, layer + 1
             self.up.append(stage)
-        self.norm, self.out = group_norm(here), nn.Conv2d(here, shape[0], 3, padding=1)
-        self.head = nn.Conv2d(here, shape[0], 3, padding=1) if head else None
+        self.norm, self.out = group_norm(here), nn.Conv2d(here, pixels, 3, padding=1)
+        self.head = nn.Conv2d(here, pixels, 3, padding=1) if head else None
         self.to(memory_format=torch.channels_last)
+
+    def shaped(self, y: Tensor) -> Tensor:
+        """Channels back to pixels, (B, C, S, S)."""
+        return F.pixel_shuffle(y, self.patch)
 
     def trunk(self, x: Tensor, c_noise: Tensor, key: Tensor | None) -> Tensor:
         """x (B, C, S, S), c_noise (B,) -> (B, width, S, S)."""
         label = F.silu(self.time(embed(c_noise, 2 * self.width)))
+        x = F.pixel_unshuffle(x, self.patch)
         h = self.inp(x.contiguous(memory_format=torch.channels_last))
         skips = []
         for i, stage in enumerate(self.down):
@@ -210,8 +226,8 @@ def build(
     match network:
         case factors.Mlp(width=width, depth=depth):
             net: Network = Mlp(shape, width, depth, drop, precision, head)
-        case factors.Unet(width=width, levels=levels, blocks=blocks):
-            net = Unet(shape, width, levels, blocks, drop, precision, head)
+        case factors.Unet(width=width, levels=levels, blocks=blocks, patch=patch):
+            net = Unet(shape, width, levels, blocks, patch, drop, precision, head)
         case _:
             assert_never(network)
     for name, weight in net.named_parameters():

@@ -471,20 +471,21 @@ def test_blocks_change_nothing(shared: bool, chunk: int, monkeypatch: pytest.Mon
         )
 
 
+@pytest.mark.parametrize("n", [2, 3])
 @pytest.mark.parametrize("shared", [True, False])
 def test_endless_data_take_their_references_from_the_batch_but_never_x_itself(
-    shared: bool,
+    shared: bool, n: int
 ) -> None:
-    """Three rows, n = 2: the reference is row 0, 1 or 2 evenly, and a row's own is left out."""
+    """Three rows: every reference is row 0, 1 or 2 evenly, and a row's own is left out."""
     law = GaussianMixture.from_lists([[0.0]], [1.0], [1.0])
     xs, points = (-1.0, 0.4, 0.9), (0.25, -0.3, 1.0)
     cases = torch.tensor([
-        [x if i == j else with_references(x, [xs[j]], point)
+        [with_references(x, [xs[j] for j in chosen if j != i], point)
          for i, (x, point) in enumerate(zip(xs, points, strict=True))]
-        for j in range(3)
+        for chosen in itertools.product(range(3), repeat=n - 1)
     ]).double()  # fmt: skip
     x, x_t = torch.tensor(xs)[:, None], torch.tensor(points)[:, None]
-    score = factors.KSample(n=2, shared=shared)
+    score = factors.KSample(n=n, shared=shared)
     found = torch.stack([
         estimate(score, Knowledge(law=law), Point(x, x_t, torch.full((3,), LINE_T), key))[:, 0]
         for key in torch.arange(2000)
@@ -493,7 +494,7 @@ def test_endless_data_take_their_references_from_the_batch_but_never_x_itself(
     near((found - cases.mean(0)).square(), cases.var(0, correction=0))
     outcomes = (found[:, None] - cases).abs() < 1e-6  # (keys, outcomes, rows)
     assert outcomes.any(1).all() and outcomes.any(0).all()
-    assert outcomes.all(2).any(1).all() == shared  # one reference for all rows, or not
+    assert outcomes.all(2).any(1).all() == shared  # one set for all rows, or not
 
 
 def test_a_batch_of_one_endless_image_has_no_reference_but_itself() -> None:
