@@ -20,8 +20,9 @@ CHECKS = (("images_total", "own + charged images", ()), ("data_digest", "the dat
           ("stream_digest", "the images, noise and u drawn", ("data_stream", "batch")),
           ("init_digest", "the random initial weights", ("network",)),
           ("parameters", "the numbers of parameters", ("network",)))
-ENVIRONMENT = (("commit", "commits"), ("device", "kinds of device"),
-               ("torch", "versions of torch"), ("python", "versions of Python"))
+ENVIRONMENT = (("code", "digests of the code"), ("commit", "commits"),
+               ("device", "kinds of device"), ("torch", "versions of torch"),
+               ("python", "versions of Python"))
 SPEND = ("images", "charged_images", "images_total", "images_with_sources", "passes",
          "passes_with_sources", "flops", "flops_with_sources", "seconds", "seconds_with_sources",
          "parameters")
@@ -91,7 +92,10 @@ def _parts(parts: dict[Any, list[str]]) -> str:
 
 def _over_study(starts: pd.DataFrame) -> list[Mismatch]:
     found = []
+    known = starts["code"].notna().all()  # then commits may differ in what is not code
     for column, label in ENVIRONMENT:
+        if column == ("commit" if known else "code"):
+            continue
         counts = environment(starts, column)
         if len(counts) > 1:
             each = ", ".join(f"{value} ({n} runs)" for value, n in counts.items())

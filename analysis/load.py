@@ -37,7 +37,7 @@ RUN_COLUMNS = ("name", "role", "cell", "seed", "id", "folder", "same_as", "state
                "reason", *SPEND, "charged_images", "images_total",
                *(f"{k}_with_sources" for k in SPEND), "planned_images", "side", "objective",
                "parameters", "sigma_data", "data_digest", "init_digest", "stream_digest")
-ATTEMPT_COLUMNS = ("id", "commit", "dirty", "device", "torch", "python", "host")
+ATTEMPT_COLUMNS = ("id", "code", "commit", "dirty", "device", "torch", "python", "host")
 NO_SNAPSHOT = "no snapshot: not measured"
 MISSING_COLUMNS = ("name", "cell", "seed", "id", "file", "why")
 

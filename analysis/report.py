@@ -209,7 +209,7 @@ def _audit(study: Study, mismatches: list[ledger.Mismatch]) -> list[Block]:
                   "in each run that stands on it.")
     if not mismatches:
         return [Text("No mismatch: within every block own + charged images, data, noise and "
-                     "initial weights are equal where they should be, and all runs share commit, "
+                     "initial weights are equal where they should be, and all runs share code, "
                      "device, torch and Python."), table]
     return [Text(f"{len(mismatches)} mismatches:"), Items(tuple(m.sentence for m in mismatches)),
             table]

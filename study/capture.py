@@ -19,7 +19,7 @@ from study.losses import Problem
 
 WARM_UP = 3  # steps before the capture, in which kernels are compiled and workspaces made
 
-Gradient = Callable[[Batch, float, float], Tensor]  # leaves d loss / d w in w.grad, returns the loss
+Gradient = Callable[[Batch, float, float], Tensor]  # leaves d loss / d w in w.grad; the loss
 
 
 def compiled(net: nn.Module, device: torch.device) -> nn.Module:

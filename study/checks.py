@@ -32,11 +32,8 @@ from study.factors import (
     SingleSample,
     Unet,
     Windowed,
-    deterministic,
-    endless,
-    ignored,
-    references,
 )
+from study.meaning import deterministic, endless, ignored, references
 from study.settings import Measure, extractor_identity, settings_of, snapshot_points
 from study.spec import Primary, Recipe
 
@@ -157,17 +154,17 @@ def check_score(score: Score, factors: Factors, where: str) -> None:
             )
         case KSample(n=n) if n > references_in(factors):
             raise StudyError(
-                f"{where}: n = {n} references, of {references_in(factors)} that there are (training "
-                "points; the batch, where data are endless); the exact mean over all is the score "
-                "empirical or analytic"
+                f"{where}: n = {n} references, and there are {references_in(factors)} (training "
+                "points, or of endless data the batch); the exact mean over all is the score "
+                "empirical, or analytic"
             )
         case Blend(alpha=alpha, run=None) if alpha != 1:
             raise StudyError(
-                f"{where}: blend needs `run`, the denoiser that (1 - alpha) = {1 - alpha:g} of the "
-                "mean comes from; alpha: 1 needs none"
+                f"{where}: blend needs `run`, the denoiser that {1 - alpha:g} of the mean comes "
+                "from; alpha: 1 needs none"
             )
         case Blend(alpha=1, run=str(run)):
-            raise StudyError(f"{where}: at alpha = 1 the denoiser {run!r} is never read; drop `run`")
+            raise StudyError(f"{where}: at alpha 1 the denoiser {run!r} is never read; drop `run`")
         case Own():
             head = factors.auxiliary
             if not isinstance(head, DenoisingHead) or isinstance(head.labels, FromRun):
@@ -218,8 +215,10 @@ def check_objective(factors: Factors, where: str) -> None:
         raise StudyError(
             f"{where}.score: a fixed point is known for single_sample, posterior_k and analytic"
         )
-    if isinstance(factors.discretization, EctMapping) or isinstance(solver, Heun) and isinstance(
-        factors.score, PosteriorK
+    if (
+        isinstance(factors.discretization, EctMapping)
+        or isinstance(solver, Heun)
+        and isinstance(factors.score, PosteriorK)
     ):
         raise StudyError(f"{where}: a fixed point is known on a grid of N points, with euler")
 

@@ -109,9 +109,7 @@ def _images(train: np.ndarray, held_out: np.ndarray) -> Dataset:
         return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
     x, y = tensor(train), tensor(held_out)
-    return Dataset(
-        x, y, tuple(x.shape[1:]), float(to_float(x).double().std()), _digest(x, y)
-    )
+    return Dataset(x, y, tuple(x.shape[1:]), float(to_float(x).double().std()), _digest(x, y))
 
 
 def _mixture(data: factors.Mixture) -> Dataset:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
-from msgspec.structs import replace
 
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=1)]
@@ -166,8 +165,8 @@ class Blend(Kind, frozen=True, tag="blend"):
 
 class KSample(Kind, frozen=True, tag="k_sample"):
     """D^ = the self-normalised mean over n references, x itself and n - 1 drawn from the training
-    set, or of endless data from the batch (STF, Xu et al. 2023). shared: one set of references for the whole batch, whose noise is
-    then common to its rows."""
+    set, or of endless data from the batch (STF, Xu et al. 2023). shared: one set of references for
+    the whole batch, whose noise is then common to its rows."""
 
     n: Annotated[int, Meta(ge=1, le=1_000_000)]
     shared: bool = False
@@ -374,7 +373,7 @@ class Sigma(Value, frozen=True):
 Data = Digits | FashionMnist | Images | Mixture | FittedMixture
 Network = Mlp | Unet
 Objective = Consistency | Denoising | Continuous | FixedPoint
-Score = SingleSample | Teacher | Empirical | Analytic | Blend | KSample | PosteriorK | Windowed | Own
+Score = Inner | Windowed | Own
 Init = Random | FromRun
 Target = Stopgrad | Ema | Frozen
 Solver = Euler | Heun
@@ -412,98 +411,3 @@ class Factors(Value, frozen=True):
     precision: Literal["float32", "bfloat16"] = "float32"
     sigma: Sigma = Sigma()
     data_stream: Annotated[int, Meta(ge=0, le=2**31)] = 0
-
-
-def deterministic(score: Score) -> bool:
-    """Whether D^ is a function of x_t and t alone: no variance given x_t."""
-    match score:
-        case Teacher() | Empirical() | Analytic():
-            return True
-        case Blend(beta=beta):
-            return beta == 0
-        case Windowed(inside=inside, outside=outside):
-            return deterministic(inside) and deterministic(outside)
-        case _:
-            return False
-
-
-def endless(data: Data) -> bool:
-    """Whether every x is a fresh draw of a known population."""
-    return isinstance(data, Mixture | FittedMixture) and data.samples is None
-
-
-def plain_score(score: Score, data: Data) -> Score:
-    """The same estimate in fewest words."""
-    match score:
-        case Blend(alpha=1, beta=1, residual="posterior") | PosteriorK(k=1) | KSample(n=1):
-            return SingleSample()
-        case Blend(alpha=0, beta=0, run=str(run)):
-            return Teacher(run=run)
-        case Blend(alpha=1, beta=0):
-            return Analytic() if endless(data) else Empirical()
-        case Blend(beta=0, residual="gaussian"):
-            return replace(score, residual="posterior")
-        case Windowed(inside=inside, outside=outside):
-            inside, outside = plain_score(inside, data), plain_score(outside, data)
-            return inside if inside == outside else replace(score, inside=inside, outside=outside)
-        case _:
-            return score
-
-
-def simplest(factors: Factors) -> Factors:
-    """The same training in fewest words, so that what means the same is one run.
-
-    A Heun step with D^ = x is an Euler step, losses of equal targets are one loss; an average
-    that forgets everything is the student; one std stands for equal ones, no weights for equal.
-    """
-    if isinstance(factors.target, Ema) and factors.target.mu == 0:
-        factors = replace(factors, target=Stopgrad())
-    score = plain_score(factors.score, factors.data)
-    if score != factors.score:
-        factors = replace(factors, score=score)
-    if isinstance(score, SingleSample):
-        factors = replace(factors, solver=Euler())
-    if deterministic(score):
-        factors = replace(factors, repeat=1)
-    data = factors.data
-    if not isinstance(data, Mixture):
-        return factors
-    std = data.std
-    if isinstance(std, tuple) and len(std) == len(data.means) and len(set(std)) == 1:
-        std = std[0]
-    weights = data.weights
-    if weights and len(weights) == len(data.means) and len(set(weights)) == 1:
-        weights = None
-    return replace(factors, data=replace(data, std=std, weights=weights))
-
-
-STEP = ("score", "repeat", "solver", "discretization", "weighting")  # how a consistency loss steps
-LOSS = (*STEP, "target", "distance")
-TRAINED = ("network", "budget", "init", "target", "law", "weighting", "auxiliary", "dropout",
-           "optimizer", "batch", "weights_ema", "precision", "data_stream", "repeat")  # fmt: skip
-
-
-def ignored(factors: Factors) -> tuple[str, ...]:
-    """The factors that this run's objective or target never reads; they don't enter its id."""
-    match factors.objective:
-        case Denoising():
-            return (*LOSS, "auxiliary")
-        case Continuous():
-            return tuple(k for k in LOSS if k != "score")
-        case FixedPoint():
-            return TRAINED
-    return STEP if isinstance(factors.target, Frozen) else ()
-
-
-def references(factors: Factors) -> dict[str, str]:
-    """The sources this run reads, by the key path of the value that names them, ignored factors
-    left out."""
-    unread, found = ignored(factors), {}
-    for name in ("score", "init", "target", "auxiliary"):
-        value = getattr(factors, name)
-        parts = {name: value} | {
-            f"{name}.{part}": getattr(value, part, None) for part in ("inside", "outside", "labels")
-        }
-        if name not in unread:
-            found |= {k: v.run for k, v in parts.items() if getattr(v, "run", None)}
-    return found

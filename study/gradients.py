@@ -42,23 +42,19 @@ from typing import Any
 
 import msgspec
 import torch
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from study import factors, schedules
+from study import factors, replicates, schedules
 from study.consistency import along, consistency
 from study.data import Batch, Dataset, to_float
 from study.factors import Score
 from study.losses import Problem
 from study.scores import Point, estimate
 
-CHUNK = 1 << 18  # parameters whose inner products are taken at a time, in float64
 DRAWS = 8  # of x given x_t, in the slopes' losses
-STEEPEST = 8.0  # power of N that is looked for
 
 Pair = tuple[float, float] | None  # levels (r, t); None: each row's own, from the law
 Levels = tuple[Tensor, Tensor]  # r and t of a batch's rows, (B,) each
-Values = dict[str, float | None]
 
 
 def gradient_noise(
@@ -82,7 +78,7 @@ def gradient_noise(
     stepped = not isinstance(f.objective, factors.Continuous)
     c = getattr(f.distance, "c0", 0.0) * math.prod(dataset.shape) ** 0.5  # pseudo-Huber's
 
-    def probe(pair: Pair) -> Values:
+    def probe(pair: Pair) -> replicates.Values:
         made, squares = [], defaultdict(list)
         for batch in _batches(dataset, batches, rows, generator):
             at = _levels(problem, batch, pair, N)
@@ -90,39 +86,46 @@ def gradient_noise(
             g, _ = _gradient(problem, batch, at, progress)
             apart = g - _gradient(problem, again, at, progress)[0]
             made.append(g)
-            squares["estimator"].append(_square(apart) / 2)
+            squares["estimator"].append(replicates.square(apart) / 2)
             if scale is not None:
-                squares["scaled"].append(_square(apart * scale) / 2)
+                squares["scaled"].append(replicates.square(apart * scale) / 2)
             if f.dropout:
                 again = replace(again, mask=_key(generator))
                 apart = g - _gradient(problem, again, at, progress)[0]
-            squares["within"].append(_square(apart) / 2)
+            squares["within"].append(replicates.square(apart) / 2)
             if stepped:
                 squares["step"].append(_square_step(problem, batch, at, progress))
         gradients = torch.stack(made)
-        gram, scaled = _gram(gradients), None if scale is None else _gram(gradients, scale)
+        gram, scaled = (
+            replicates.gram(gradients),
+            None if scale is None else replicates.gram(gradients, scale),
+        )
         columns = {name: torch.tensor(s, dtype=torch.float64) for name, s in squares.items()}
 
-        def parts(kept: Tensor) -> Values:
+        def parts(kept: Tensor) -> replicates.Values:
             mean = {name: float(column[kept].mean()) for name, column in columns.items()}
-            total, signal = rows * _variance(gram, kept), _across(gram, kept)
+            total, signal = rows * replicates.variance(gram, kept), replicates.across(gram, kept)
             estimator, within = rows * mean["estimator"], rows * mean["within"]
-            adam = None if scaled is None else _ratio(mean["scaled"], _variance(scaled, kept))
+            adam = (
+                None
+                if scaled is None
+                else replicates.ratio(mean["scaled"], replicates.variance(scaled, kept))
+            )
             step = math.sqrt(mean["step"]) if stepped else None
             return {
                 "estimator": estimator,
                 "dropout": within - estimator,
                 "draw": total - within,
                 "total": total,
-                "rho": _ratio(estimator, total),
+                "rho": replicates.ratio(estimator, total),
                 "rho_adam": adam,
                 "signal": signal,
-                "snr": _ratio(signal, total),
+                "snr": replicates.ratio(signal, total),
                 "step": step,
                 "step_over_c": step / c if stepped and c else None,
             }
 
-        return _jackknife(parts, batches)
+        return replicates.jackknife(parts, batches)
 
     return _by_level(problem, N, levels, probe, "rho")
 
@@ -143,20 +146,20 @@ def gradient_cosine(
     the snr of each. None where noise leaves a squared length that is not positive."""
     sides = [_with(problem, score=kind) for kind in (score, against)]
 
-    def probe(pair: Pair) -> Values:
+    def probe(pair: Pair) -> replicates.Values:
         drawn = _batches(dataset, batches, rows, generator)
         (a, ab), (_, b) = _compared(sides, drawn, pair, N, progress)[0]
 
-        def cosine(kept: Tensor) -> Values:
-            aa, bb = _across(a, kept), _across(b, kept)
+        def cosine(kept: Tensor) -> replicates.Values:
+            aa, bb = replicates.across(a, kept), replicates.across(b, kept)
             known = min(aa, bb) > 0
             return {
-                "cosine": _across(ab, kept) / math.sqrt(aa * bb) if known else None,
-                "snr_score": _ratio(aa, rows * _variance(a, kept)),
-                "snr_against": _ratio(bb, rows * _variance(b, kept)),
+                "cosine": replicates.across(ab, kept) / math.sqrt(aa * bb) if known else None,
+                "snr_score": replicates.ratio(aa, rows * replicates.variance(a, kept)),
+                "snr_against": replicates.ratio(bb, rows * replicates.variance(b, kept)),
             }
 
-        return _jackknife(cosine, batches)
+        return replicates.jackknife(cosine, batches)
 
     return _by_level(problem, N, levels, probe, "cosine")
 
@@ -181,17 +184,19 @@ def gradient_slopes(
         for kind in (score, against)
     ]
 
-    def measured(N: int) -> Callable[[Tensor], Values]:
+    def measured(N: int) -> Callable[[Tensor], replicates.Values]:
         ((a, ab), (ba, b)), losses = _compared(sides, drawn, None, N, progress)
 
-        def values(kept: Tensor) -> Values:
+        def values(kept: Tensor) -> replicates.Values:
             first, second = losses[kept].mean(0).tolist()
-            square = _ratio(_across(a + b - ab - ba, kept), _across(b, kept))
+            square = replicates.ratio(
+                replicates.across(a + b - ab - ba, kept), replicates.across(b, kept)
+            )
             known = square is not None and square >= 0
             return {
                 "loss_score": first,
                 "loss_against": second,
-                "loss_ratio": _ratio(abs(first - second), second),
+                "loss_ratio": replicates.ratio(abs(first - second), second),
                 "gradient_difference": math.sqrt(square) if known else None,
                 "squared_difference": square,
             }
@@ -199,17 +204,17 @@ def gradient_slopes(
         return values
 
     at = [measured(N) for N in Ns]
-    found = [_jackknife(values, batches) for values in at]
+    found = [replicates.jackknife(values, batches) for values in at]
 
-    def powers(kept: Tensor) -> Values:
+    def powers(kept: Tensor) -> replicates.Values:
         left = [values(kept) for values in at]
         ratio, square = (
-            _power(Ns, [v[name] for v in left], [v[f"{name}_se"] for v in found])
+            replicates.power(Ns, [v[name] for v in left], [v[f"{name}_se"] for v in found])
             for name in ("loss_ratio", "squared_difference")
         )
         return {"slope_loss": ratio, "slope_gradient": None if square is None else square / 2}
 
-    fitted, distance = _jackknife(powers, batches), problem.factors.distance
+    fitted, distance = replicates.jackknife(powers, batches), problem.factors.distance
     between = isinstance(distance, factors.PseudoHuber)  # L2 at small steps, a norm at large ones
     fall = -1.0 if isinstance(distance, factors.L2) else 0.0
     return {
@@ -310,7 +315,7 @@ def _compared(
             g, loss = _gradient(side, batch, at, progress)
             gradients[i].append(g)
             losses[i].append(loss)
-    gram, m = _gram(torch.stack(gradients[0] + gradients[1])), len(losses[0])
+    gram, m = replicates.gram(torch.stack(gradients[0] + gradients[1])), len(losses[0])
     return gram.view(2, m, 2, m).transpose(1, 2), torch.tensor(losses, dtype=torch.float64).T
 
 
@@ -321,55 +326,17 @@ def _square_step(problem: Problem, batch: Batch, at: Levels, progress: float) ->
     x_t = batch.x + along(t, batch.x) * batch.z
     student = consistency(problem.net, x_t, t, problem.sigma, batch.mask)
     targets = problem.targets(batch, x_t, r, t, progress)
-    return sum(_square(student - target) for target in targets) / (len(targets) * len(x_t))
-
-
-# --- statistics ---
-
-
-def _square(x: Tensor) -> float:
-    return float(x.double().square().sum())
-
-
-def _gram(rows: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-    """Inner products (m, m) of gradients (m, P) times scale, in float64 and on the CPU."""
-    gram, scale = 0, torch.as_tensor(scale, device=rows.device).expand(rows.shape[1])
-    for part, by in zip(rows.split(CHUNK, 1), scale.split(CHUNK), strict=True):
-        part = part.double() * by
-        gram = gram + part @ part.T
-    return gram.cpu()
-
-
-def _across(gram: Tensor, kept: Tensor) -> float:
-    """mean_{j != k} <a_j, b_k> over the replicates kept: <E a, E b>, unbiased."""
-    gram, n = gram[kept][:, kept], len(kept)
-    return float(gram.sum() - gram.trace()) / (n * (n - 1))
-
-
-def _variance(gram: Tensor, kept: Tensor) -> float:
-    """sum_j |g_j - mean g|^2 / (n - 1) over the n replicates kept."""
-    return float(gram.diagonal()[kept].mean()) - _across(gram, kept)
-
-
-def _ratio(a: float, b: float) -> float | None:
-    return a / b if b > 0 else None
-
-
-def _jackknife(statistic: Callable[[Tensor], Values], m: int) -> Values:
-    """The statistic of all m replicates, given by their indices, and NAME_se, its standard error;
-    None where it, or what is left without a replicate, has no value."""
-    indices, result = torch.arange(m), {}
-    without = [statistic(indices[indices != j]) for j in range(m)]
-    for name, value in statistic(indices).items():
-        left = [values[name] for values in without]
-        known = value is not None and None not in left
-        spread = torch.tensor(left, dtype=torch.float64).std(correction=0) if known else None
-        result |= {name: value, f"{name}_se": float(spread) * math.sqrt(m - 1) if known else None}
-    return result
+    return sum(replicates.square(student - target) for target in targets) / (
+        len(targets) * len(x_t)
+    )
 
 
 def _by_level(
-    problem: Problem, N: float, levels: Sequence[float], probe: Callable[[Pair], Values], name: str
+    problem: Problem,
+    N: float,
+    levels: Sequence[float],
+    probe: Callable[[Pair], replicates.Values],
+    name: str,
 ) -> dict[str, Any]:
     """What `probe` finds at every pair of levels, as lists, and under the law; value: its NAME."""
     pairs = _pairs(problem, N, levels)
@@ -377,24 +344,3 @@ def _by_level(
     where = {"sigma": [t for _, t in pairs], "r": [r for r, _ in pairs], "N": N}
     lists = {key: [values[key] for values in found] for key in law}
     return {**where, **lists, "law": law, "value": law[name]}
-
-
-def _power(
-    Ns: Sequence[int], values: Sequence[float | None], errors: Sequence[float | None]
-) -> float | None:
-    """p of the least-squares fit of a N^p, a > 0, to values with errors. Not by logarithms, which
-    values near 0 bias. None where no p within STEEPEST fits best."""
-    if None in values or not all(errors):
-        return None
-    y, e, n = (torch.tensor(part, dtype=torch.float64) for part in (values, errors, Ns))
-    n = n.log() - n.log().mean()
-
-    def unexplained(p: float) -> float:
-        shape = (p * n).exp() / e
-        return (
-            -(float(shape @ (y / e)) ** 2) / float(shape @ shape) if shape @ (y / e) > 0 else 0.0
-        )
-
-    bounds = (-STEEPEST, STEEPEST)
-    fit = minimize_scalar(unexplained, bounds=bounds, method="bounded", options={"xatol": 1e-8})
-    return float(fit.x) if fit.fun < 0 and abs(fit.x) < STEEPEST - 1e-3 else None

@@ -15,7 +15,8 @@ from functools import cache, reduce
 
 import msgspec
 
-from study.factors import Factors, ignored
+from study.factors import Factors
+from study.meaning import ignored
 
 SCHEMA = 2  # raise it when a default changes or a value changes its meaning
 OUTSIDE = (

@@ -63,7 +63,8 @@ def gradient(
     record: Mapping[str, Any],
     teacher: Callable[[str], Denoiser],
 ) -> dict[str, Any]:
-    """One gradient probe of one snapshot; teacher: a denoising source's D by its id. Its batches are the same for all variants of a block."""
+    """One gradient probe of one snapshot; teacher: a denoising source's D by its id. Its batches
+    are the same for all variants of a block."""
     factors, sigma = run.recipe.factors, level_range(run.recipe.factors, dataset)
     scores = [msgspec.convert(record[k], Score) for k in ("score", "against") if k in record]
     ids = [s.run for s in scores if getattr(s, "run", None)]

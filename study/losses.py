@@ -23,7 +23,7 @@ from study.consistency import (
     weight,
 )
 from study.data import Batch
-from study.factors import Continuous, DenoisingHead, Edm, Factors, FromRun, Frozen, Sigma
+from study.factors import Continuous, DenoisingHead, Edm, Factors, Frozen, Sigma
 from study.factors import Denoising as DenoisingObjective
 from study.scores import Knowledge, Point, estimate
 
@@ -51,7 +51,8 @@ class Problem:
     def levels(self, batch: Batch, N: Tensor | float) -> tuple[Tensor, Tensor]:
         """(r, t) (B,) of a batch; where nothing is stepped r = t."""
         f = self.factors
-        if isinstance(f.objective, DenoisingObjective | Continuous) or isinstance(f.target, Frozen):
+        unstepped = isinstance(f.objective, DenoisingObjective | Continuous)
+        if unstepped or isinstance(f.target, Frozen):
             t = schedules.level(f.law, batch.u, self.sigma).float()
             return t, t
         return schedules.pair(f.discretization, f.law, batch.u, N, self.sigma)
@@ -80,9 +81,7 @@ class Problem:
             return weight(Edm(), t, r, sigma) * error.square().flatten(1).sum(1)
         if isinstance(f.objective, Continuous):
             D = estimate(f.score, self.known, Point(x, x_t, t, batch.draw, progress)).detach()
-            result = continuous.losses(
-                f.objective, self.net, F, x_t, t, D, sigma, mask, progress
-            )
+            result = continuous.losses(f.objective, self.net, F, x_t, t, D, sigma, mask, progress)
         elif isinstance(f.target, Frozen):
             # no step to divide by: the difference is not O(t - r), so the weight is 1
             with torch.no_grad():
@@ -94,8 +93,8 @@ class Problem:
             result = weight(f.weighting, t, r, sigma) * sum(apart) / len(apart)
         if head:
             with torch.no_grad():
-                labels = f.auxiliary.labels
-                label = self.known.teachers[labels.run](x_t, t) if isinstance(labels, FromRun) else x
+                run = getattr(f.auxiliary.labels, "run", None)
+                label = self.known.teachers[run](x_t, t) if run else x
             error = denoised(head_F, x_t, t, sigma) - label
             per_row = weight(Edm(), t, r, sigma) * error.square().flatten(1).mean(1)
             result = result + f.auxiliary.weight * per_row

@@ -58,7 +58,6 @@ class Snapshot:
     def _features(self, extractor: str, *address: object) -> Tensor:
         return evaluate.features(to_uint8(self.samples(*address)), extractor)
 
-
     def classes(self, extractor: str, *address: object) -> Tensor:
         """The extractor's class logits (n, classes) of samples."""
         return evaluate.classes(to_uint8(self.samples(*address)), extractor)

@@ -32,10 +32,9 @@ from study.factors import (
     Own,
     RAdam,
     Sigma,
-    ignored,
-    references,
 )
 from study.losses import Problem
+from study.meaning import ignored, references
 from study.mixtures import Density
 from study.posterior import Posterior
 from study.scores import Denoiser, Knowledge

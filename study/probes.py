@@ -7,8 +7,8 @@ from the posterior, so a second posterior draw x'' gives a second, independent e
     distance^2  E <D^' - D_emp, D^'' - D_emp>       D_emp the training set's; not a bias: a teacher
                                                     that generalises is meant to differ from it
     held out    E <x_test - D^', x_test - D^''>     the denoising loss of the estimate's mean
-in squared units of x, summed over dimensions; / t^2 gives velocity units, / t^4 score units. Beside
-them the median over points of the posterior's effective sample size 1 / sum_i w_i^2.
+in squared units of x, summed over dimensions; / t^2 gives velocity units, / t^4 score units.
+Beside them the median over points of the posterior's effective sample size 1 / sum_i w_i^2.
 """
 
 from __future__ import annotations

@@ -13,9 +13,10 @@ from msgspec import Meta
 
 from study.checks import check_measure, check_primary, check_recipe
 from study.errors import StudyError, nearest
-from study.factors import Budget, Factors, references, simplest
+from study.factors import Budget, Factors
 from study.identity import run_id
 from study.layers import Layered, mapping, read_file, read_yaml
+from study.meaning import references, simplest
 from study.settings import Measure, Settings, score_settings, settings_of
 from study.spec import Primary, Recipe, Run, Study
 

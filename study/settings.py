@@ -33,9 +33,9 @@ from study.factors import (
     Share,
     SingleSample,
     Value,
-    ignored,
 )
 from study.identity import canonical, difference, digest
+from study.meaning import ignored
 
 HEUN_NFE = 35
 EXTRACTORS = Path(__file__).with_name("extractors")
@@ -218,7 +218,7 @@ IN_FEATURES = ("kid", "coverage")  # what they leave open is the fid's
 def named_sources(value: object) -> list[str]:
     """The sources that a score or measurement consults."""
     if isinstance(value, Struct):
-        inner = [n for field in value.__struct_fields__ for n in named_sources(getattr(value, field))]
+        inner = [n for f in value.__struct_fields__ for n in named_sources(getattr(value, f))]
         own = [value.run] if getattr(value, "run", None) else []
         return own + [n for n in inner if n not in own] + [*getattr(value, "teachers", ())]
     return []

@@ -16,7 +16,8 @@ import msgspec
 from msgspec import Meta
 
 from study.errors import StudyError  # noqa: F401
-from study.factors import Factors, Share, Value, ignored
+from study.factors import Factors, Share, Value
+from study.meaning import ignored
 from study.settings import Measure, Settings
 
 

@@ -248,8 +248,5 @@ class Store:
     def ready(self, waiting: Iterable[Run]) -> Iterator[Run]:
         """The runs whose referenced runs are all trained."""
         for run in waiting:
-            if all(
-                (self.folders[i].trained or {}).get("outcome") == "trained"
-                for i in run.reads
-            ):
+            if all((self.folders[i].trained or {}).get("outcome") == "trained" for i in run.reads):
                 yield run

@@ -20,7 +20,8 @@ from study.budget import Spend, passes, snapshot_images
 from study.capture import compiled, gradient
 from study.data import Dataset, Draws
 from study.errors import StudyError
-from study.factors import FixedPoint, ignored
+from study.factors import FixedPoint
+from study.meaning import ignored
 from study.models import Lookup, initial, level_range, make_optimizer, make_problem
 from study.settings import snapshot_points
 from study.spec import Run
@@ -51,9 +52,7 @@ def second_moment(
     """Adam's running mean of squared gradients, its bias corrected, by parameter name."""
     beta = optimizer.param_groups[0]["betas"][1]
     states = {name: optimizer.state[w] for name, w in weights.items()}
-    return {
-        name: s["exp_avg_sq"] / (1 - beta ** float(s["step"])) for name, s in states.items()
-    }
+    return {name: s["exp_avg_sq"] / (1 - beta ** float(s["step"])) for name, s in states.items()}
 
 
 def stream_digest(draws: Draws) -> str:
@@ -63,7 +62,7 @@ def stream_digest(draws: Draws) -> str:
 
 
 def computed(folder: Folder, run: Run, dataset: Dataset) -> bool:
-    """A fixed point is not trained: its map is computed where it is measured, and nothing spent."""
+    """A fixed point is not trained: its map is computed where it is measured, at no expense."""
     write_json(
         folder.file("trained.json"),
         {

@@ -6,6 +6,7 @@ The fork server preloads this module, and with it torch; the launcher itself nev
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import platform
 import signal
@@ -31,6 +32,7 @@ from study.train import set_up, train
 
 DONE, FAILED = 0, 1
 
+
 @cache
 def load(kind: Data, device: torch.device) -> data.Dataset:
     """The data set on a device, loaded once per process also where it works on several runs."""
@@ -39,7 +41,12 @@ def load(kind: Data, device: torch.device) -> data.Dataset:
 
 @cache
 def code() -> dict[str, object]:
-    """The commit this code was run from, where it is a git checkout."""
+    """What code this is: a digest of the package's own files, and the commit that it was run from
+    where it is a git checkout."""
+    own = Path(__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(f for kind in ("*.py", "*.yaml", "*.pt") for f in own.rglob(kind)):
+        digest.update(file.relative_to(own).as_posix().encode() + file.read_bytes())
 
     def git(*words: str) -> str | None:
         done = subprocess.run(
@@ -50,11 +57,12 @@ def code() -> dict[str, object]:
     try:
         status = git("status", "--porcelain", "--untracked-files=no", "--", "../study")
         return {
+            "code": digest.hexdigest()[:16],
             "commit": git("rev-parse", "HEAD"),
             "dirty": None if status is None else bool(status),
         }
     except FileNotFoundError:  # no git on this machine
-        return {"commit": None, "dirty": None}
+        return {"code": digest.hexdigest()[:16], "commit": None, "dirty": None}
 
 
 def provenance(device: torch.device) -> dict[str, object]:

@@ -125,7 +125,8 @@ def _run(root: Path, run: dict, recipe: dict, level: float, rng: np.random.Gener
     write_json(root / "run.json", {"schema": 1, "id": run["id"], "factors": f, "seed": seed,
                                    "role": "teacher" if teacher else "student"})
     start = {"event": "start", "time": "2026-01-02T03:04:05Z", "host": "h", "device": "cpu",
-             "torch": "2.15.0", "python": "3.11.7", "commit": "abc1234", "dirty": False, "pid": 1}
+             "torch": "2.15.0", "python": "3.11.7", "code": "0123456789abcdef",
+             "commit": "abc1234", "dirty": False, "pid": 1}
     end = {"event": "end", "time": "2026-01-02T03:05:05Z", "reason": "done"}
     (root / "attempts.jsonl").write_text(f"{json.dumps(start)}\n{json.dumps(end)}\n")
     write_json(root / "trained.json", {

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from study import networks
 from study.capture import Captured, compiled, gradient, in_rows
-from study.losses import Problem
 from study.data import Batch, Draws, load
 from study.factors import (
     Analytic,
@@ -24,6 +23,7 @@ from study.factors import (
     Sigma,
     UniformGrid,
 )
+from study.losses import Problem
 from study.scores import Knowledge
 
 MIXTURE = Mixture(means=((-1.0, 0.0), (1.0, 0.5)), std=0.2)

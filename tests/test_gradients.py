@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from study import data, factors, gradients, networks
+from study import data, factors, gradients, networks, replicates, replicates
 from study.data import Batch, Dataset
 from study.factors import (
     L1,
@@ -468,12 +468,12 @@ def test_losses_and_differences_on_a_gaussian_in_closed_form() -> None:
 def test_a_power_is_fitted_to_values_that_noise_makes_negative() -> None:
     Ns, generator = (10, 20, 40, 80), np.random.default_rng(0)
     truth, errors = 3 * np.array(Ns) ** -2.0, [1e-3] * 4
-    assert gradients._power(Ns, list(truth), errors) == pytest.approx(-2, abs=1e-4)
+    assert replicates.power(Ns, list(truth), errors) == pytest.approx(-2, abs=1e-4)
     noisy = [truth + 1e-3 * generator.standard_normal(4) for _ in range(400)]
     assert min(map(min, noisy)) < 0
-    assert np.median([gradients._power(Ns, list(y), errors) for y in noisy]) == pytest.approx(
+    assert np.median([replicates.power(Ns, list(y), errors) for y in noisy]) == pytest.approx(
         -2, abs=0.02
     )
-    assert gradients._power(Ns, [1.0, None, 1.0, 1.0], errors) is None
-    assert gradients._power(Ns, [-1.0] * 4, errors) is None
-    assert gradients._power(Ns, [1.0, 0.0, 0.0, 0.0], errors) is None
+    assert replicates.power(Ns, [1.0, None, 1.0, 1.0], errors) is None
+    assert replicates.power(Ns, [-1.0] * 4, errors) is None
+    assert replicates.power(Ns, [1.0, 0.0, 0.0, 0.0], errors) is None

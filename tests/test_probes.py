@@ -11,8 +11,8 @@ from torch import Tensor
 from study import data, factors
 from study.data import Dataset, to_float
 from study.factors import Analytic, Empirical, Mixture, Sigma, SingleSample, Teacher
-from study.probes import map_error, mean_and_error, score_error, t_star
 from study.posterior import Posterior
+from study.probes import map_error, mean_and_error, score_error, t_star
 from study.scores import Knowledge
 
 SIGMA = Sigma(data=1.0)

@@ -33,9 +33,9 @@ from study.factors import (
     Teacher,
     Uniform,
     Windowed,
-    simplest,
 )
 from study.losses import Problem
+from study.meaning import simplest
 from study.mixtures import GaussianMixture
 from study.posterior import Posterior
 from study.scores import Knowledge

@@ -24,8 +24,8 @@ from study.factors import (
     Teacher,
     Uniform,
     UniformGrid,
-    references,
 )
+from study.meaning import references
 from study.resolve import load
 from study.run import main
 from study.spec import Study

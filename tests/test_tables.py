@@ -181,12 +181,12 @@ def test_audit_names_every_mismatch(tmp_path: Path) -> None:
     fake.edit(fake.folder_of(folder, "cd", 1) / "trained.json", stream_digest="zz")
     fake.edit(fake.folder_of(folder, "ct", 2) / "trained.json", init_digest="zz")
     log = fake.folder_of(folder, "ct", 0) / "attempts.jsonl"
-    log.write_text(log.read_text().replace("abc1234", "fff0000"))
+    log.write_text(log.read_text().replace("0123456789abcdef", "fff0000"))
     assert [m.sentence for m in ledger.audit(load.load(folder))] == [
         "digits, seed 1: the images, noise and u drawn differ: "
         "ct, cd_exact, ct_warm, cd_warm, self_pretrain against cd.",
         "digits, seed 2: the random initial weights differ: ct against cd, cd_exact.",
-        "The runs stand on 2 commits: abc1234 (23 runs), fff0000 (1 runs); "
+        "The runs stand on 2 digests of the code: 0123456789abcdef (23 runs), fff0000 (1 runs); "
         "a resumed run can stand on several."]
 
 

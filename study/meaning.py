@@ -1,0 +1,124 @@
+"""What factors mean: which values are the same training, which are never read, which runs they
+name. The identity of a run rests on it."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace
+
+from study.factors import (
+    Analytic,
+    Blend,
+    Continuous,
+    Data,
+    Denoising,
+    Ema,
+    Empirical,
+    Euler,
+    Factors,
+    FittedMixture,
+    FixedPoint,
+    Frozen,
+    KSample,
+    Mixture,
+    PosteriorK,
+    Score,
+    SingleSample,
+    Stopgrad,
+    Teacher,
+    Windowed,
+)
+
+
+def deterministic(score: Score) -> bool:
+    """Whether D^ is a function of x_t and t alone: no variance given x_t."""
+    match score:
+        case Teacher() | Empirical() | Analytic():
+            return True
+        case Blend(beta=beta):
+            return beta == 0
+        case Windowed(inside=inside, outside=outside):
+            return deterministic(inside) and deterministic(outside)
+        case _:
+            return False
+
+
+def endless(data: Data) -> bool:
+    """Whether every x is a fresh draw of a known population."""
+    return isinstance(data, Mixture | FittedMixture) and data.samples is None
+
+
+def plain_score(score: Score, data: Data) -> Score:
+    """The same estimate in fewest words."""
+    match score:
+        case Blend(alpha=1, beta=1, residual="posterior") | PosteriorK(k=1) | KSample(n=1):
+            return SingleSample()
+        case Blend(alpha=0, beta=0, run=str(run)):
+            return Teacher(run=run)
+        case Blend(alpha=1, beta=0):
+            return Analytic() if endless(data) else Empirical()
+        case Blend(beta=0, residual="gaussian"):
+            return replace(score, residual="posterior")
+        case Windowed(inside=inside, outside=outside):
+            inside, outside = plain_score(inside, data), plain_score(outside, data)
+            return inside if inside == outside else replace(score, inside=inside, outside=outside)
+        case _:
+            return score
+
+
+def simplest(factors: Factors) -> Factors:
+    """The same training in fewest words, so that what means the same is one run.
+
+    A Heun step with D^ = x is an Euler step, losses of equal targets are one loss; an average
+    that forgets everything is the student; one std stands for equal ones, no weights for equal.
+    """
+    if isinstance(factors.target, Ema) and factors.target.mu == 0:
+        factors = replace(factors, target=Stopgrad())
+    score = plain_score(factors.score, factors.data)
+    if score != factors.score:
+        factors = replace(factors, score=score)
+    if isinstance(score, SingleSample):
+        factors = replace(factors, solver=Euler())
+    if deterministic(score):
+        factors = replace(factors, repeat=1)
+    data = factors.data
+    if not isinstance(data, Mixture):
+        return factors
+    std = data.std
+    if isinstance(std, tuple) and len(std) == len(data.means) and len(set(std)) == 1:
+        std = std[0]
+    weights = data.weights
+    if weights and len(weights) == len(data.means) and len(set(weights)) == 1:
+        weights = None
+    return replace(factors, data=replace(data, std=std, weights=weights))
+
+
+STEP = ("score", "repeat", "solver", "discretization", "weighting")  # how a consistency loss steps
+LOSS = (*STEP, "target", "distance")
+TRAINED = ("network", "budget", "init", "target", "law", "weighting", "auxiliary", "dropout",
+           "optimizer", "batch", "weights_ema", "precision", "data_stream", "repeat")  # fmt: skip
+
+
+def ignored(factors: Factors) -> tuple[str, ...]:
+    """The factors that this run's objective or target never reads; they don't enter its id."""
+    match factors.objective:
+        case Denoising():
+            return (*LOSS, "auxiliary")
+        case Continuous():
+            return tuple(k for k in LOSS if k != "score")
+        case FixedPoint():
+            return TRAINED
+    return STEP if isinstance(factors.target, Frozen) else ()
+
+
+def references(factors: Factors) -> dict[str, str]:
+    """The sources this run reads, by the key path of the value that names them, ignored factors
+    left out."""
+    unread, found = ignored(factors), {}
+    for name in ("score", "init", "target", "auxiliary"):
+        value = getattr(factors, name)
+        parts = {name: value} | {
+            f"{name}.{p}": getattr(value, p, None) for p in ("inside", "outside", "labels")
+        }
+        if name not in unread:
+            found |= {k: v.run for k, v in parts.items() if getattr(v, "run", None)}
+    return found
