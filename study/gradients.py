@@ -44,7 +44,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from study import factors, replicates, schedules
+from study import factors, meaning, replicates, schedules
 from study.consistency import along, consistency
 from study.data import Batch, Dataset, to_float
 from study.factors import Score
@@ -180,7 +180,7 @@ def gradient_slopes(
     makes its square negative; predicted_* are None where no one power is expected."""
     drawn = list(_batches(dataset, batches, rows, generator))
     sides = [
-        _with(problem, score=kind, repeat=1 if factors.deterministic(kind) else DRAWS)
+        _with(problem, score=kind, repeat=1 if meaning.deterministic(kind) else DRAWS)
         for kind in (score, against)
     ]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from study import data, factors, gradients, networks, replicates, replicates
+from study import data, factors, gradients, networks, replicates
 from study.data import Batch, Dataset
 from study.factors import (
     L1,
