@@ -90,7 +90,8 @@ def check_recipe(
             f"decimals; {images} images are {images // factors.batch} updates"
         )
     for name in dict.fromkeys(n for settings in asked for n in settings.consults):
-        check_reference(factors, f"{where}: measure", "score", name, sources, variants)
+        kind = next(s.record["kind"] for s in asked if name in s.consults)
+        check_reference(factors, f"{where} (by measure.{kind})", "score", name, sources, variants)
     for settings in asked:
         if settings.record["ema"] not in (*factors.weights_ema, "raw"):
             raise StudyError(

@@ -73,7 +73,9 @@ def simplest(factors: Factors) -> Factors:
     """
     if isinstance(factors.target, Ema) and factors.target.mu == 0:
         factors = replace(factors, target=Stopgrad())
-    score = plain_score(factors.score, factors.data)
+    score, sigma = plain_score(factors.score, factors.data), factors.sigma
+    if isinstance(score, Windowed) and score.t_low <= sigma.min and score.t_high >= sigma.max:
+        score = score.inside  # the window holds every level
     if score != factors.score:
         factors = replace(factors, score=score)
     if isinstance(score, SingleSample):

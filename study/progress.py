@@ -45,7 +45,7 @@ class Display:
             disable=not self.live,
         )
         total = sum(r.recipe.factors.budget.images for r in runs)
-        self.count, self.runs = len(done), len(runs)
+        self.count, self.runs = sum(r.id in done for r in runs), len(runs)
         self.study = self.bars.add_task(
             "study",
             total=total,

@@ -55,8 +55,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--minutes", type=float, metavar="M", help="stop cleanly after M minutes")
     p.add_argument(
         "--only",
+        action="append",
+        default=[],
         metavar="PATTERN",
-        help="only runs VARIANT-CELL-sSEED that match (* and ?), and their sources",
+        help="only runs VARIANT-CELL-sSEED that match (* and ?), and their sources; "
+        "given again, those as well",
     )
     p.add_argument("--retry", action="store_true", help="try failed runs again")
     p.add_argument(
@@ -77,14 +80,22 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def chosen(study: Study, pattern: str | None) -> list[Run]:
-    """The runs that match, and those they need, in the study's order."""
-    if pattern is None:
+def chosen(study: Study, patterns: list[str]) -> list[Run]:
+    """The runs that match any pattern, and those they need, in the study's order."""
+    if not patterns:
         return list(study.unique.values())
-    named = [r.id for r in study.runs if fnmatch(label(r), pattern) or fnmatch(r.folder, pattern)]
-    if not named:
-        labels = [label(r) for r in study.runs]
-        raise StudyError(f"--only {pattern}: no run matches; {nearest(pattern, labels)}")
+    named = []
+    for pattern in patterns:
+        here = [r.id for r in study.runs if any(fnmatch(n, pattern) for n in (label(r), r.folder))]
+        if not here:
+            names = {r.recipe.name for r in study.runs}
+            hint = (
+                f"did you mean '{pattern}-*'?"
+                if pattern in names
+                else nearest(pattern, [label(r) for r in study.runs])
+            )
+            raise StudyError(f"--only {pattern}: no run matches; {hint}")
+        named += here
     wanted: set[str] = set()
     while named:
         run = study.unique[named.pop()]
