@@ -23,6 +23,7 @@ OUTSIDE = (
     "names of studies, variants, sources and cells",
     "question",
     "primary",
+    "compare",
     "measure",
     "charge",
     "data.root",

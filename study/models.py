@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -116,8 +118,28 @@ def finished(
 
 @lru_cache(maxsize=2)
 def law_of(dataset: Dataset) -> Posterior | Density:
-    """What training draws x from, with its posterior: the training set, or endless data."""
-    return dataset.density if dataset.train is None else Posterior(data.to_float(dataset.train))
+    """What training draws x from, with its posterior: the training set, or endless data.
+
+    Raises StudyError where the posterior over the training set has no room on its device.
+    """
+    if dataset.train is None:
+        return dataset.density
+    n, d = len(dataset.train), math.prod(dataset.shape)
+    needed, free = Posterior.bytes(n, d), memory_left(dataset.train.device)
+    if needed > free:
+        raise StudyError(
+            f"the exact posterior over {n:,} images of {d:,} numbers needs {needed / 2**30:.1f} "
+            f"GiB, and {free / 2**30:.1f} are left; train on fewer images or smaller ones, on a "
+            "device with more memory or with fewer workers"
+        )
+    return Posterior(data.to_float(dataset.train))
+
+
+def memory_left(device: torch.device) -> int:
+    """Bytes that can still be taken on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def teachers(

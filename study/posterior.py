@@ -46,6 +46,12 @@ class Posterior:
     CHUNK, for every batch. `posterior_draws` adds 60 k B sqrt(n) bytes.
     """
 
+    @staticmethod
+    def bytes(n: int, d: int) -> int:
+        """Memory that it takes over n points of d numbers: three copies while it is made, and a
+        block of weights."""
+        return 12 * n * d + 50 * max(n, CHUNK)
+
     def __init__(self, x: Tensor) -> None:
         """x: training set (n, ...), float32."""
         self.x, self.flat = x, x.flatten(1)  # (n, d)

@@ -18,10 +18,10 @@ from study.identity import run_id
 from study.layers import Layered, mapping, read_file, read_yaml
 from study.meaning import references, simplest
 from study.settings import Measure, Settings, score_settings, settings_of
-from study.spec import Primary, Recipe, Run, Study
+from study.spec import Primary, Recipe, Run, Study, compared
 
 PRESETS = Path(__file__).with_name("presets.yaml")
-KEYS = ("question", "primary", "base", "sources", "variants", "cells", "seeds", "measure")
+KEYS = tuple("question primary compare base sources variants cells seeds measure".split())
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -123,6 +123,7 @@ class Resolver:
             self.seeds,
             tuple(r for chain in ordered.values() for r in chain),
             tuple(runs),
+            compared(self.tree.get("compare"), f"{self.file}: compare", recipes),
         )
 
     def _seeds(self, seeds: object, where: str) -> tuple[int, ...]:

@@ -33,6 +33,8 @@ from study.posterior import Posterior
 
 CHUNK = 1 << 26  # numbers of one block of references
 REFERENCES = 2001  # the noise stream that chooses them
+DRAWN = 2003  # the noise stream of further draws' keys
+TOGETHER = 32  # posterior draws made at once
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 
@@ -88,7 +90,7 @@ def estimate(score: Score, known: Knowledge, at: Point) -> Tensor:
             return _self_normalised(known.law, at, n, shared)
         case PosteriorK(k=k):
             # mean E[x | x_t]; covariance Cov[x | x_t] / k
-            return (x + known.law.posterior_draws(x_t, t, at.draw, k - 1).sum(0)) / k
+            return (x + _drawn(known.law, at, k - 1)) / k
         case Own(ramp=ramp):
             # mean and covariance from those of x, in proportion, to D_own and 0
             a = torch.as_tensor(at.progress / ramp).clamp(max=1).to(x)
@@ -113,6 +115,18 @@ def _blend(score: Blend, known: Knowledge, at: Point) -> Tensor:
         mean = mean + beta * x
     rest = alpha if gaussian else alpha - beta  # on the line alpha = beta D_ref cancels
     return mean + rest * known.law.denoiser(at.x_t, at.t) if rest else mean
+
+
+def _drawn(law: Posterior | Density, at: Point, count: int) -> Tensor:
+    """The sum (B, ...) of `count` posterior draws, a few at a time: memory does not grow with
+    count."""
+    total = torch.zeros_like(at.x)
+    keys = noise.words(at.draw, DRAWN, (-(-count // TOGETHER),)) >> 1
+    keys[:1] = at.draw
+    for start, key in zip(range(0, count, TOGETHER), keys, strict=True):
+        draws = law.posterior_draws(at.x_t, at.t, key, min(TOGETHER, count - start))
+        total += draws.sum(0)
+    return total
 
 
 def _self_normalised(law: Posterior | Density, at: Point, n: int, shared: bool) -> Tensor:

@@ -7,7 +7,7 @@ recipe with a seed. `resolve.load` makes a Study of a study file before anything
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated
@@ -15,7 +15,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from study.errors import StudyError  # noqa: F401
+from study.errors import StudyError, nearest
 from study.factors import Factors, Share, Value
 from study.meaning import ignored
 from study.settings import Measure, Settings
@@ -85,6 +85,7 @@ class Study:
     seeds: tuple[int, ...]
     recipes: tuple[Recipe, ...]
     runs: tuple[Run, ...]
+    compare: tuple[tuple[str, str], ...] = ()  # (variant, baseline) beside the primary
 
     @cached_property
     def unique(self) -> dict[str, Run]:
@@ -106,6 +107,7 @@ class Study:
             "name": self.name,
             "question": self.question,
             "primary": {c: msgspec.to_builtins(p) for c, p in self.primaries.items()},
+            "compare": self.compare,
             "seeds": self.seeds,
             "cells": list(dict.fromkeys(r.cell for r in self.recipes)),
             "recipes": [
@@ -132,3 +134,28 @@ class Study:
                 for r in self.runs
             ],
         }
+
+
+def compared(given: object, where: str, recipes: Sequence[Recipe]) -> tuple[tuple[str, str], ...]:
+    """The further comparisons that a study was made for, as (variant, baseline) pairs.
+
+    Raises StudyError unless each is of two different known variants that share a seed, named once.
+    """
+    try:
+        pairs = msgspec.convert(() if given is None else given, tuple[tuple[str, str], ...])
+    except msgspec.ValidationError as error:
+        raise StudyError(
+            f"{where}: {given!r} given; a list of [variant, baseline] pairs expected ({error})"
+        ) from None
+    seeds = {r.name: set(r.seeds) for r in recipes if r.role == "student"}
+    for i, pair in enumerate(pairs):
+        for name in pair:
+            if name not in seeds:
+                raise StudyError(f"{where}.{i}: no variant {name!r}; {nearest(name, seeds)}")
+        if pair[0] == pair[1]:
+            raise StudyError(f"{where}.{i}: {pair[0]!r} twice; two different variants expected")
+        if not seeds[pair[0]] & seeds[pair[1]]:
+            raise StudyError(f"{where}.{i}: {pair[0]!r} and {pair[1]!r} share no seed")
+        if set(pair) in map(set, pairs[:i]):
+            raise StudyError(f"{where}.{i}: {list(pair)} is named twice")
+    return pairs

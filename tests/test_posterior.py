@@ -7,8 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from study import posterior
+from study import data, factors, models, networks, posterior
+from study.data import Batch
+from study.errors import StudyError
+from study.losses import Problem
 from study.posterior import NEAR, Posterior
+from study.scores import Knowledge
 
 LEVELS = [0.002, 0.05, 0.4, 1.0, 5.0, 80.0]
 SHAPE = (3, 8, 8)
@@ -220,3 +224,35 @@ def test_random_numbers_depend_on_the_key_alone() -> None:
     few, many = (law.posterior_draws(x_t, 2.0, key(), k) for k in (1, 4))
     assert torch.equal(few[0], many[0])
     assert law.posterior_draws(x_t, 2.0, key(), 0).shape == (0, 50, *SHAPE)
+
+
+def test_a_posterior_larger_than_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = data.load(factors.Digits())
+    monkeypatch.setattr(models, "memory_left", lambda _: Posterior.bytes(997, 64))
+    models.law_of.__wrapped__(dataset)
+    monkeypatch.setattr(models, "memory_left", lambda _: Posterior.bytes(997, 64) - 1)
+    with pytest.raises(StudyError, match="exact posterior over 997 images of 64 numbers needs"):
+        models.law_of.__wrapped__(dataset)
+
+
+def test_where_it_is_a_point_a_step_along_the_exact_score_is_cts() -> None:
+    """In the training path, on colour images: x_r and with it the target, bit for bit."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.rand(300, 3, 32, 32, generator=generator) * 2 - 1
+    z, u = torch.randn(x[:16].shape, generator=generator), torch.rand(16, dtype=torch.float64)
+    batch = Batch(x[:16], z, u, torch.tensor(1), torch.tensor(2))
+    t = torch.rand(16, generator=generator) + 0.01  # up to 1
+    r, x_t, targets = 0.8 * t, x[:16] + t.view(-1, 1, 1, 1) * z, []
+    for score in (factors.SingleSample(), factors.Empirical()):
+        point = factors.Factors(
+            data=factors.Digits(), network=factors.Unet(), budget=factors.Budget(), score=score
+        )
+        net = networks.build(factors.Unet(width=4), (3, 32, 32), 0.0, 0, "")
+        torch.nn.init.normal_(net.out.weight, std=0.1, generator=generator.manual_seed(3))
+        problem = Problem(point, factors.Sigma(data=0.5), net, Knowledge(law=Posterior(x)))
+        targets += problem.targets(batch, x_t, r, t)
+    assert torch.equal(*targets)
+    far = torch.full((16,), 40.0)  # and where it is not, they differ
+    problem = Problem(point, factors.Sigma(data=0.5), net, Knowledge(law=Posterior(x)))
+    (exact,) = problem.targets(batch, x[:16] + 40 * z, 0.8 * far, far)
+    assert not torch.equal(exact, targets[0])

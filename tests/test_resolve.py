@@ -188,6 +188,16 @@ BAD = {
     "overcharged": (replaced("single_sample}", "single_sample, charge: [edm]}"), "charge"),
     "no such preset": (replaced("{score: single_sample}", "{from: preset:cdd}"), "'preset:cd'"),
     "primary of no variant": (replaced("against: cd", "against: dc"), "allowed: cd, ct"),
+    "compare of no variant": (TWO_MODES + "compare: [[cd, ctt]]\n", "compare.0: .*mean 'ct'"),
+    "compare of a source": (TWO_MODES + "compare: [[edm, ct]]\n", "compare.0: no variant 'edm'"),
+    "compare with itself": (TWO_MODES + "compare: [[cd, cd]]\n", "compare.0: 'cd' twice"),
+    "compare of three": (TWO_MODES + "compare: [[cd, ct, cd]]\n", "compare: .*pairs expected"),
+    "compare that is no list": (TWO_MODES + "compare: cd\n", "compare: 'cd' given"),
+    "compare twice": (TWO_MODES + "compare: [[cd, ct], [ct, cd]]\n", "compare.1: .*named twice"),
+    "compare without a common seed": (
+        replaced("ct: {score: single_sample}", "ct: {score: single_sample, seeds: [1]}")
+        .replace("run: edm}}", "run: edm}, seeds: [0]}").replace("primary", "#")
+        + "compare: [[cd, ct]]\n", "compare.0: .*share no seed"),
     "unmeasured primary": (replaced("metric: sliced_wasserstein", "metric: fid"), "not measured"),
     "fid of vectors": (TWO_MODES + "  fid: {extractor: digits-cnn, samples: 9}\n", "needs images"),
     "unet on vectors": (replaced("{kind: mlp, width: 16, depth: 1}", "unet"), "needs images"),
@@ -274,3 +284,10 @@ def test_a_grid_that_would_shrink_is_refused(tmp_path: Path) -> None:
 def test_an_average_that_forgets_is_the_student(tmp_path: Path) -> None:
     twin = replaced("ct: {score: single_sample}", "ct: {target: {kind: ema, mu: 0.0}}")
     assert {r.id for r in read(tmp_path, twin).runs} == {r.id for r in read(tmp_path).runs}
+
+
+def test_comparisons_beside_the_primary_change_no_run(tmp_path: Path) -> None:
+    plain, named = read(tmp_path), read(tmp_path, TWO_MODES + "compare: [[cd, ct]]\n")
+    assert (plain.compare, named.compare) == ((), (("cd", "ct"),))
+    assert [r.id for r in plain.runs] == [r.id for r in named.runs]
+    assert named.as_json() == plain.as_json() | {"compare": (("cd", "ct"),)}
