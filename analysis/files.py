@@ -5,7 +5,7 @@ Keys that the analysis does not look into are free.
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 SCHEMA = 1
 SPEND = ("images", "updates", "passes", "flops", "seconds")
@@ -77,6 +77,7 @@ class Plan(TypedDict):
     name: str
     question: str
     primary: dict[str, Primary | None] | None
+    compare: NotRequired[list[tuple[str, str]]]
     seeds: list[int]
     cells: list[str]
     recipes: list[Recipe]

@@ -17,6 +17,8 @@ from matplotlib.figure import Figure
 from analysis import words
 from analysis.levels import (
     BARS,
+    OWN,
+    RATIO,
     SIGMA,
     STAR,
     draw,
@@ -30,7 +32,7 @@ from analysis.levels import (
     t_star,
 )
 from analysis.load import Study
-from analysis.style import GREY, INK, PALE, Drawn, plain_log
+from analysis.style import GREY, INK, PALE, Drawn, Look, look, plain_log
 
 SHARES = (("rho", r"$\rho$, gradients as they are"),
           ("rho_adam", r"$\rho$ in Adam's metric"))
@@ -77,9 +79,9 @@ def noise(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any]) -> 
     snr = _measured(rows, "snr")
     figure, grid = _grid(len(shown) + snr)
     for axes, (quantity, label) in zip(grid, shown, strict=False):
-        for i, name in enumerate(_names(rows, colours)):
+        for name in _names(rows, colours):
             told = f"{name}: {law_of(rows[rows.name == name], 'rho')}"
-            draw(axes, _curve(rows, name, quantity), colours[name], told, i)
+            draw(axes, _curve(rows, name, quantity), look(colours, name), told)
         axes.set(xscale="log", xlabel=SIGMA)
         top = max(axes.get_ylim()[1], 0.05)
         top = top if top < 0.5 else max(top, 1.03)
@@ -87,8 +89,8 @@ def noise(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any]) -> 
         axes.set_title(label, fontsize=10)
     grid[0].set_ylabel("share of the gradient's variance")
     if snr:
-        for i, name in enumerate(_names(rows, colours)):
-            draw(grid[-1], _curve(rows, name, "snr"), colours[name], None, i, positive=True)
+        for name in _names(rows, colours):
+            draw(grid[-1], _curve(rows, name, "snr"), look(colours, name), positive=True)
         grid[-1].set(xscale="log", yscale="log", xlabel=SIGMA, ylabel="squared mean over variance")
         grid[-1].set_title("Signal to noise, one image", fontsize=10)
     for axes in grid:
@@ -98,7 +100,8 @@ def noise(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any]) -> 
         "rho is the share of the gradient's variance that comes from the estimate of the score: "
         "the part that another x with the same x_t changes; a score that is a function of x_t has "
         "0. Legend: its mean under the law of training, ± one standard error. In Adam's metric "
-        "every coordinate is divided by the root of its second moment. " + BARS + " "
+        "every coordinate is divided by the root of its second moment. "
+        f"{RATIO} {OWN} {BARS} "
         + star_text(study, cell) + " " + stands_on(study, cell, "gradient_noise", rows)), None
 
 
@@ -106,35 +109,41 @@ def parts(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any]) -> 
     """The gradient's variance by origin, stacked as shares of the total, a panel per variant."""
     rows = rows_of(study, cell, "gradient_noise")
     rows = rows[rows.over == "sigma"]
-    names = [n for n in _names(rows, colours) if _measured(rows[rows.name == n], "total")]
+    measured = [n for n in _names(rows, colours) if _measured(rows[rows.name == n], "total")]
+    noisy = rows[rows.quantity.isin(["estimator", "dropout"]) & rows["value"].gt(0)]
+    names = [n for n in measured if (noisy.name == n).any()]
     if not names:
         return None
+    shown = [p for p in PARTS if p[0] != "dropout" or noisy.quantity.eq("dropout").any()]
+    still = ", ".join(n for n in measured if n not in names)
     columns = min(len(names), 4)
     tall = math.ceil(len(names) / columns)
     figure = Figure(figsize=(max(2.9 * columns, 5), 2.6 * tall + 0.7), layout="constrained")
     grid = figure.subplots(tall, columns, squeeze=False, sharex=True, sharey=True)
     for axes, name in zip(grid.flat, names, strict=False):
         mean = pd.DataFrame({q: _curve(rows, name, q)["mean"]
-                             for q in ("total", *(p[0] for p in PARTS))}).dropna()
-        axes.stackplot(mean.index, [(mean[q] / mean["total"]).clip(0) for q, *_ in PARTS],
-                       labels=[p[1] for p in PARTS], colors=[p[2] for p in PARTS], lw=0)
+                             for q in ("total", *(p[0] for p in shown))}).dropna()
+        axes.stackplot(mean.index, [(mean[q] / mean["total"]).clip(0) for q, *_ in shown],
+                       labels=[p[1] for p in shown], colors=[p[2] for p in shown], lw=0)
         axes.set(xscale="log", ylim=(0, 1))
         axes.set_title(name, fontsize=10, color=colours[name])
     for axes in list(grid.flat)[:len(names)]:
         axes.set_xlim(rows.level.min(), rows.level.max())
+        axes.tick_params(labelbottom=True)
         mark(axes, t_star(study, cell))
     for axes in list(grid.flat)[len(names):]:
         axes.axis("off")
     for axes in list(grid.flat)[max(len(names) - columns, 0):len(names)]:
         axes.set_xlabel(SIGMA)
-        axes.tick_params(labelbottom=True)
     for axes in grid[:, 0]:
         axes.set_ylabel("share of variance")
     _legend(figure, grid[0, 0])
     return figure, (
         "Where the variance of one image's gradient comes from, per noise level, as shares of its "
         "total, means over seeds: black is rho. The parts are unbiased estimates; what comes out "
-        "below 0 is drawn as 0. Their sizes stand in the table. " + star_text(study, cell) + " "
+        "below 0 is drawn as 0. Their sizes stand in the table. "
+        + f"Not drawn, all of theirs being that of the draw: {still}. " * bool(still)
+        + star_text(study, cell) + " "
         + stands_on(study, cell, "gradient_noise", rows)), None
 
 
@@ -146,8 +155,8 @@ def step(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any]) -> D
         return None
     figure, grid = _grid(len(shown))
     for axes, (quantity, label) in zip(grid, shown, strict=True):
-        for i, name in enumerate(_names(rows, colours)):
-            draw(axes, _curve(rows, name, quantity), colours[name], name, i, positive=True)
+        for name in _names(rows, colours):
+            draw(axes, _curve(rows, name, quantity), look(colours, name), name, positive=True)
         axes.set(xscale="log", yscale="log", xlabel=SIGMA)
         axes.set_title(label, fontsize=10)
         if quantity == "step_over_c":
@@ -170,11 +179,11 @@ def cosine(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any]) ->
     snr = _measured(rows, "snr_score") or _measured(rows, "snr_against")
     figure, grid = _grid(1 + snr)
     grid[0].axhline(1, color=GREY, lw=1.2)
-    for i, name in enumerate(_names(rows, colours)):
+    for name in _names(rows, colours):
         told = f"{name}: {law_of(rows[rows.name == name], 'cosine')}"
-        draw(grid[0], _curve(rows, name, "cosine"), colours[name], told, i)
+        draw(grid[0], _curve(rows, name, "cosine"), look(colours, name), told, "-")
         for quantity, style in (("snr_score", "-"), ("snr_against", (0, (3, 2)))) if snr else ():
-            draw(grid[-1], _curve(rows, name, quantity), colours[name], None, i, style, True)
+            draw(grid[-1], _curve(rows, name, quantity), look(colours, name), None, style, True)
     grid[0].set(xscale="log", xlabel=SIGMA, ylabel="cosine, noise removed")
     grid[0].set_title("Do the two scores push the same way?", fontsize=10)
     one_, other = compared(study, rows)
@@ -191,7 +200,7 @@ def cosine(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any]) ->
         f"Cosine of the mean gradients that {one_} and {other} give at the same weights on the "
         "same batches, noise removed, so that it may leave [-1, 1]. At 1 (line) they differ in "
         "noise and length alone. Where the signal to noise is small the cosine is not told. "
-        f"Legend: under the law of training, ± one standard error. {BARS} "
+        f"Legend: under the law of training, ± one standard error. {OWN} {BARS} "
         f"{star_text(study, cell)} "
         + stands_on(study, cell, "gradient_cosine", rows)), None
 
@@ -214,16 +223,16 @@ def slopes(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any]) ->
     one_, other = compared(study, rows)
     if losses:
         axes, *_ = grid
-        for i, name in enumerate(_names(rows, colours)):
+        for name in _names(rows, colours):
             for quantity, style in (("loss_score", "-"), ("loss_against", (0, (3, 2)))):
-                draw(axes, _curve(rows, name, quantity, "N"), colours[name],
-                     name if quantity == "loss_score" else None, i, style, True)
+                draw(axes, _curve(rows, name, quantity, "N"), look(colours, name),
+                     name if quantity == "loss_score" else None, style, True)
         axes.plot([], [], color=INK, label=one_)
         axes.plot([], [], color=INK, ls=(0, (3, 2)), label=other)
         axes.set_title("Mean losses", fontsize=10)
     for axes, (quantity, slope, label) in zip(grid[bool(losses):], shown, strict=True):
-        for i, name in enumerate(_names(rows, colours)):
-            _slope(axes, rows[rows.name == name], quantity, slope, colours[name], i)
+        for name in _names(rows, colours):
+            _slope(axes, rows[rows.name == name], quantity, slope, look(colours, name))
         axes.set_title(label[:1].upper() + label[1:], fontsize=10)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7.5, loc="best", title="fitted / predicted slope",
@@ -243,16 +252,15 @@ def slopes(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any]) ->
         + stands_on(study, cell, "gradient_slopes", rows)), None
 
 
-def _slope(axes: Axes, rows: pd.DataFrame, quantity: str, slope: str, colour: Any,  # noqa: ANN401
-           marker: int) -> None:
+def _slope(axes: Axes, rows: pd.DataFrame, quantity: str, slope: str, drawn: Look) -> None:
     """The points of one variant with the line of its fitted slope and that of the predicted."""
     curve = _curve(rows, rows.name.iloc[0], quantity, "N")
     single = rows[rows.over == "run"]
     found = one(single[single.quantity == slope])
     wanted = one(single[single.quantity == f"predicted_{slope}"])
-    told = [f"{entry['mean']:.2f}".replace("-", "\u2212") if entry["n"] else "–"
+    told = [f"{round(entry['mean'], 2) + 0.0:.2f}".replace("-", "\u2212") if entry["n"] else "–"
             for entry in (found, wanted)]
-    if not draw(axes, curve, colour, " / ".join(told), marker, "none", True):
+    if not draw(axes, curve, drawn, " / ".join(told), "none", True):
         return
     curve = curve[curve["mean"] > 0]
     x = np.array([curve.index.min(), curve.index.max()], dtype=float)
@@ -260,4 +268,4 @@ def _slope(axes: Axes, rows: pd.DataFrame, quantity: str, slope: str, colour: An
     for entry, style, wide in ((found, "-", 1.6), (wanted, ":", 1.2)):
         if entry["n"]:
             axes.plot(x, np.exp(height + entry["mean"] * (np.log(x) - centre)), ls=style, lw=wide,
-                      color=colour, marker="")
+                      color=drawn.colour, marker="")

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.load import Study
+from analysis.words import several
 
 # column, its name in a sentence, the factors that must be alike for it to have to be equal
 CHECKS = (("images_total", "own + charged images", ()), ("data_digest", "the data", ()),
@@ -98,13 +99,14 @@ def _over_study(starts: pd.DataFrame) -> list[Mismatch]:
             continue
         counts = environment(starts, column)
         if len(counts) > 1:
-            each = ", ".join(f"{value} ({n} runs)" for value, n in counts.items())
+            each = ", ".join(f"{v} ({several(n, 'run')})" for v, n in counts.items())
             found.append(Mismatch(column, "", f"The runs stand on {len(counts)} {label}: {each}; "
                                   "a resumed run can stand on several."))
     dirty = starts[starts["dirty"].eq(True)]["id"].nunique()
     if dirty:
-        found.append(Mismatch("dirty", "", f"{dirty} runs were started from a checkout with "
-                              "uncommitted changes."))
+        were = "was" if dirty == 1 else "were"
+        found.append(Mismatch("dirty", "", f"{several(dirty, 'run')} {were} started from a "
+                              "checkout with uncommitted changes."))
     return found
 
 
@@ -118,7 +120,7 @@ def environment(starts: pd.DataFrame, column: str) -> dict[str, int]:
 def standing(study: Study, mismatches: Iterable[Mismatch], cell: str,
              ids: Iterable[str] | None) -> str:
     """What a caption owes its reader: how many planned runs it stands on (unless ids is None), and
-    what is unequal.
+    what is unequal, uncommitted changes left out: these stand under the answer.
     """
     rows = study.runs[(study.runs.cell == cell) & (study.runs.role == "variant")]
     fixed = rows[rows.objective == "fixed_point"]["id"]
@@ -130,6 +132,6 @@ def standing(study: Study, mismatches: Iterable[Mismatch], cell: str,
     if ids is not None:
         text = f"Stands on {len(planned & set(ids))} of {len(planned)} planned runs of {cell}"
         text += f" ({diverged} diverged and left out)." if diverged else "."
-    shown = [m.sentence for m in mismatches if m.cell in ("", cell)]
+    shown = [m.sentence for m in mismatches if m.cell in ("", cell) and m.what != "dirty"]
     more = f" And {len(shown) - 3} more in the ledger audit." if len(shown) > 3 else ""
     return text + (f" It stands on a mismatch: {' '.join(shown[:3])}{more}" if shown else "")

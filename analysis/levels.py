@@ -16,9 +16,13 @@ from matplotlib.axes import Axes
 
 from analysis import tables
 from analysis.load import Study
-from analysis.style import GREY, MARKERS
+from analysis.style import GREY, Look
 
 SIGMA, STAR = r"noise level $t$", "$t^*$"
+OWN = ("Probes are taken at each variant's own weights, so that variants differ in where they are "
+       "measured too. The law's values are not the mean of the levels': mean gradients of "
+       "different levels can cancel, and the law's variance holds the spread between levels.")
+RATIO = "rho is a ratio of unbiased estimates and can leave [0, 1] by chance."
 ERROR = "± one standard error (the larger of the measurement's own and that over seeds)"
 BARS = ("Means over seeds; bars are one standard error (the larger of the measurement's own and "
         "that over seeds), bands go from the smallest to the largest seed.")
@@ -92,21 +96,21 @@ def law_of(rows: pd.DataFrame, quantity: str) -> str:
     return text_of(one(rows[(rows.over == "law") & (rows.quantity == quantity)]), 2)
 
 
-def draw(axes: Axes, frame: pd.DataFrame, colour: Any, label: str | None = None,  # noqa: ANN401
-         marker: int = 0, style: Any = "-", positive: bool = False) -> bool:  # noqa: ANN401
-    """One line over levels with its bars and band; positive: only what is, for logarithmic axes.
-    Returns whether there was anything to draw."""
+def draw(axes: Axes, frame: pd.DataFrame, drawn: Look, label: str | None = None,
+         style: Any = None, positive: bool = False) -> bool:  # noqa: ANN401
+    """One line over levels with its bars and band; style: of the line, None for the variant's own;
+    positive: only what is, for logarithmic axes. Returns whether there was anything to draw."""
     frame = frame[frame["mean"] > 0] if positive else frame
     if frame.empty:
         return False
     se = frame["se"].fillna(0).to_numpy()
     below = np.minimum(se, 0.9 * frame["mean"].to_numpy()) if positive else se
-    axes.errorbar(frame.index, frame["mean"], yerr=[below, se], color=colour, label=label,
-                  linestyle=style, marker=MARKERS[marker % len(MARKERS)], ms=4.5, mew=0,
-                  elinewidth=1.1, capsize=2)
+    axes.errorbar(frame.index, frame["mean"], yerr=[below, se], color=drawn.colour, label=label,
+                  linestyle=drawn.line if style is None else style, marker=drawn.marker, ms=4.5,
+                  mew=0, elinewidth=1.1, capsize=2)
     if (frame["n"] > 1).any():
         low = frame["low"].where(frame["low"] > 0, frame["mean"]) if positive else frame["low"]
-        axes.fill_between(frame.index, low, frame["high"], color=colour, alpha=0.13, lw=0)
+        axes.fill_between(frame.index, low, frame["high"], color=drawn.colour, alpha=0.13, lw=0)
     return True
 
 

@@ -57,6 +57,7 @@ class Study:
     name: str
     question: str
     primaries: dict[str, dict[str, Any]]  # by cell; a cell without one has no entry
+    compare: tuple[tuple[str, str], ...]  # (variant, baseline): named beside the primary
     seeds: tuple[int, ...]
     cells: tuple[str, ...]
     recipes: tuple[dict[str, Any], ...]
@@ -139,6 +140,7 @@ def load(folder: Path) -> Study:
     return Study(
         folder=folder, name=plan["name"], question=plan["question"],
         primaries={c: p for c, p in (plan["primary"] or {}).items() if p},
+        compare=tuple((a, b) for a, b in plan.get("compare", ())),
         seeds=tuple(plan["seeds"]), cells=tuple(plan["cells"]),
         recipes=tuple(plan["recipes"]),
         runs=pd.DataFrame(rows["run"], columns=list(RUN_COLUMNS)),
@@ -200,6 +202,9 @@ def _plan(path: Path) -> dict[str, Any]:
         for side in ("variant", "against"):
             if primary and (cell, primary[side]) not in names:
                 raise StudyError(f"{path}: primary: {cell} has no variant {primary[side]!r}")
+    for name in (n for pair in plan.get("compare", ()) for n in pair):
+        if name not in {n for _, n in names}:
+            raise StudyError(f"{path}: compare: no variant {name!r}")
     for recipe in plan["recipes"]:
         for charge in recipe["charge"]:
             if (recipe["cell"], charge) not in names:

@@ -212,7 +212,8 @@ def blocks(study: Study, cell: str) -> list[Block]:
             cells = []
             for quantity, _ in METRICS:
                 own, limit = (_value(rows, n, quantity) for n in (name, fixed_name))
-                cells += [f"{own['mean']:.4g} ({own['low']:.4g} to {own['high']:.4g})",
+                cells += [f"{own['mean']:.4g}" + (f" ({own['low']:.4g} to {own['high']:.4g})"
+                                                if own["n"] > 1 else ""),
                           f"{limit['mean']:.4g}",
                           words.signed(own["mean"] - limit["mean"])]
             body.append((name, fixed_name, *cells, f"{_value(rows, name, 'w2')['n']:.0f}"))
@@ -220,6 +221,7 @@ def blocks(study: Study, cell: str) -> list[Block]:
             ("trained", "its fixed point", "W2 trained", "W2 fixed point", "difference",
              "between trained", "between fixed point", "difference", "seeds"), tuple(body),
             f"{cell}: trained networks beside the fixed points of the same data, score, solver, "
-            "grid and distance: means over seeds (smallest to largest). The difference is what "
-            "training adds; a fixed point costs no images, so the two are not matched."))
+            "grid and distance: means over seeds (smallest to largest). A fixed point is "
+            "computed: what is left, the difference, is the network's own error. It costs no "
+            "images, so the two are not matched."))
     return found

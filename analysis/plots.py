@@ -24,7 +24,7 @@ from analysis import instruments, oracle, probes, stats, tables, trajectories, w
 from analysis.files import REPORTED
 from analysis.load import Study
 from analysis.recipes import computed
-from analysis.style import GREY, MARKERS, PALE, STYLE, Drawn, capital, palette, save
+from analysis.style import GREY, PALE, STYLE, Drawn, capital, look, palette, save
 
 WIDE_TICKS = (-93.75, -87.5, -75, -50, 0, 100, 300, 700, 1500)  # percent: powers of two
 DRAWN = 40  # effects; more stand in comparisons.csv
@@ -123,7 +123,7 @@ def forest(axes: Axes, rows: pd.DataFrame, colours: dict[str, Any], metric: str,
         reach += [*points, *(x for x in (row.low_pooled, row.high_pooled) if x == x)]
         wide = max(abs(p - row.effect) for p in points)  # a wild t interval must not set the scale
         reach += [x for x in (row.low, row.high) if abs(x - row.effect) < 3 * wide + 1e-12]
-        axes.text(1.02, i, f"{words.percent_text(row.effect) if log else f'{row.effect:+.3g}'}"
+        axes.text(1.02, i, f"{(words.percent_text if log else words.signed)(row.effect)}"
                   f"   {row.n}/{row.planned}", transform=axes.get_yaxis_transform(), va="center",
                   fontsize=9, weight="bold" if row.role == "primary" else None)
     low, high = min([*reach, 0.0]), max([*reach, 0.0])
@@ -195,13 +195,12 @@ def curve(axes: Axes, study: Study, cell: str, endpoint: dict[str, Any], colours
             lines[str(name)].append((float(x[name]), mean, mean - half[j], mean + half[j]))
     last = {n: points[-1][0] for n, points in lines.items() if points}
     common = pd.Series(last).mode()[0]
-    for i, name in enumerate(names):
-        if not lines[name]:
-            continue
+    for name in (n for n in names if lines[n]):
         x, mean, low, high = np.array(lines[name]).T
-        style = "-" if last[name] == common else "--"
-        axes.plot(x, back(mean), style, marker=MARKERS[i % len(MARKERS)], ms=5, mew=0,
-                  color=colours[name], label=name + ("" if style == "-" else " (not matched)"))
+        colour, marker, style = look(colours, name)
+        matched = last[name] == common
+        axes.plot(x, back(mean), linestyle=style if matched else "--", marker=marker, ms=5, mew=0,
+                  color=colour, label=name + ("" if matched else " (not matched)"))
         axes.fill_between(x, back(low), back(high), color=colours[name], alpha=0.1, lw=0)
         own = rows[rows.name == name]
         axes.plot(own.images_total, own["value"], ".", ms=3, color=colours[name], alpha=0.55)
@@ -220,7 +219,8 @@ def curve(axes: Axes, study: Study, cell: str, endpoint: dict[str, Any], colours
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
-    axes.set_xlim(left=0)
+    first, end = rows.images_total.min(), rows.images_total.max()
+    axes.set_xlim(max(first - 0.06 * (end - first), 0) if end > first else 0)
     axes.set_xlabel("training images, own + charged")
     return list(rows["id"])
 

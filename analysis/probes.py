@@ -19,8 +19,9 @@ from PIL import Image
 
 from analysis import tables, words
 from analysis.load import Study
+from analysis.recipes import endless
 from analysis.records import renamed
-from analysis.style import GREY, INK, MARKERS, Drawn, capital
+from analysis.style import GREY, INK, Drawn, capital, look
 
 SCORE_PANELS = (("variance", "variance of the estimate given $x_t$"),
                 ("effective_samples", "effective number of images in\nthe posterior"),
@@ -67,11 +68,15 @@ def score(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any]) -> 
                        and np.allclose(mean, b, rtol=0.02, equal_nan=True) for b in before)
             before.append(mean)
             hidden |= over
-            colour = colours[sharing[0]] if sharing else GREY
+            colour, marker, line = look(colours, sharing[0]) if sharing else (GREY, "o", "-")
             name = f"{text}: {', '.join(sharing)}" if sharing else text
-            axes.plot(told.index, mean, linestyle=(0, (3, 3)) if over else "-",
-                      marker="" if over else "o", ms=4, mew=0, color=colour,
+            axes.plot(told.index, mean, linestyle=(0, (3, 3)) if over else line,
+                      marker="" if over else marker, ms=4, mew=0, color=colour,
                       label=name + " (variance 0)" * bool(group["variance"].eq(0).all()))
+            if key == "bias2" and mean.size:
+                se = told.where(told["mean"] > 0).assign(se=noise / 2)["se"]
+                axes.errorbar(told.index, mean, [np.minimum(se, 0.9 * mean), se], color=colour,
+                              ls="none", elinewidth=1.1, capsize=2)
             axes.fill_between(told.index, told["low"].where(told["low"] > 0), told["high"],
                               alpha=0.15, lw=0, color=colour)
         if f"{key}_se" in rows:
@@ -92,9 +97,14 @@ def score(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any]) -> 
                "units, by sigma^4 for score units. Not drawn: what lies within two standard "
                "errors of 0, or below a millionth of the largest.")
     if hidden:
+        known = [endless(r) for r in study.recipes if r["cell"] == cell and r["role"] == "variant"]
+        means = ("single-sample and the analytic estimate are both the population's posterior"
+                 if all(known) else
+                 "single-sample and the empirical estimate are both the empirical posterior")
         caption += (" Dashed: a line that would cover another. The held-out loss is that of the "
-                    "estimate's mean, and the means of the single-sample and the empirical "
-                    "estimate are both the empirical posterior's.")
+                    f"estimate's mean, and the means of the {means} mean.")
+    if rows.bias2.notna().any():
+        caption += " Bars in the panel of the bias: one standard error of the mean."
     if star == star:
         caption += (f" t* = {star:.3g} is the largest sigma at which the posterior over the "
                     "training set is still the one image that made x_t (mean weight .99 or more): "
@@ -151,10 +161,11 @@ def map_error(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any])
         return None
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
-    for i, (name, group) in enumerate(rows.groupby("name", sort=False)):
+    for name, group in rows.groupby("name", sort=False):
         curve_ = group.groupby("sigma")["rms"].agg(["mean", "min", "max"])
-        axes.plot(curve_.index, curve_["mean"], marker=MARKERS[i % len(MARKERS)], ms=5, mew=0,
-                  color=colours[str(name)], label=name)
+        colour, marker, style = look(colours, str(name))
+        axes.plot(curve_.index, curve_["mean"], linestyle=style, marker=marker, ms=5, mew=0,
+                  color=colour, label=name)
         axes.fill_between(curve_.index, curve_["min"], curve_["max"], lw=0, alpha=0.13,
                           color=colours[str(name)])
     axes.set(xscale="log", yscale="log", xlabel=r"noise level $\sigma$",

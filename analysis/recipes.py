@@ -24,6 +24,12 @@ def computed(recipe: dict[str, Any]) -> bool:
     return (recipe["factors"].get("objective") or {}).get("kind") == "fixed_point"
 
 
+def endless(recipe: dict[str, Any]) -> bool:
+    """Whether every image is a fresh draw of a known population."""
+    data = recipe["factors"].get("data") or {}
+    return data.get("kind") in ("mixture", "fitted_mixture") and data.get("samples") is None
+
+
 def planned(recipes: dict[str, Any], name: str) -> tuple[float, float]:
     """A recipe's own images and those of the sources charged to it."""
     def images(n: str) -> float:

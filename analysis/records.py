@@ -66,6 +66,8 @@ def spread(rows: dict[str, list[tuple]], where: tuple, role: str, extra: tuple[f
     that the same source is one over the seeds.
     """
     settings = renamed(record["settings"], names)
+    if isinstance(record.get("along"), str):  # whose path a distance is measured along
+        settings = settings | {"along": record["along"]}
     kind, at, images = settings["kind"], number(record.get("at")), number(record.get("images"))
     what = identity(settings, digest)
     name, cell, seed, run = where

@@ -18,11 +18,13 @@ from urllib.parse import quote
 
 import pandas as pd
 
-from analysis import ledger, load, plots, sections, stats, tables, words
+from analysis import answer, factorial, ledger, load, plots, sections, stats, tables, words
 from analysis.document import Block, Figure, Items, Link, Section, Table, Text, html, markdown
 from analysis.load import Study
+from analysis.recipes import computed
 from study.spec import StudyError
 
+OPTIONAL = ("map_error", "instruments", "mean_and_noise")  # files only where there are data
 LISTED = 20  # entries of a list before it says "and N more"
 ALT = {"effects": "effects with intervals", "curves": "metric against budget",
        "score_error": "score error against sigma", "map_error": "map error against sigma",
@@ -40,9 +42,9 @@ def build(folder: Path) -> Path:
     table, mismatches = tables.comparisons(study), ledger.audit(study)
     frames = {"runs": study.runs, "measures": study.measures, "comparisons": table,
               "score_error": study.score_errors, "map_error": study.map_errors,
-              "instruments": study.instruments}
+              "instruments": study.instruments, "mean_and_noise": factorial.effects(study)}
     for name, frame in frames.items():
-        if name in ("map_error", "instruments") and frame.empty:
+        if name in OPTIONAL and frame.empty:
             continue
         frame.to_csv(out / f"{name}.csv", index=False, float_format="%.10g", lineterminator="\n")
     pictures = plots.draw_all(study, table, out)
@@ -55,11 +57,12 @@ def build(folder: Path) -> Path:
 
     parts = [
         Section("Question", (Text(study.question or "(none stated)", "question"),)),
-        Section("Answer", tuple(Text(t, "answer") for t in words.answers(study, table))
-                + tuple(_beside(study, table))),
+        Section("Answer", tuple(Text(t, "answer") for t in answer.answers(study, table))
+                + tuple(_beside(study, table, frames["mean_and_noise"], mismatches))),
         Section("Variants", tuple(_variants(study))),
         Section("Completeness", tuple(_completeness(study))),
         Section("Comparisons", (*_comparisons(study, table, mismatches), *figures("effects"))),
+        *factorial.section(study, frames["mean_and_noise"]),
         Section("Metric against budget", (*_values(study, mismatches), *figures("curves"))),
         Section("Score error against sigma", tuple(figures("score_error") + (
             figures("map_error") if "map_error" in pictures else []))),
@@ -74,12 +77,15 @@ def build(folder: Path) -> Path:
     return out / "report.html"
 
 
-def _beside(study: Study, table: pd.DataFrame) -> list[Block]:
-    """What stands under the answer: the comparisons beside it, and what more seeds would show."""
-    beside, powers = words.beside(study, table), words.powers(study, table)
-    command = words.more_seeds(study) if powers else ""
-    return [*([Items(tuple(beside))] if beside else []), *(Text(t) for t in powers),
-            *([Text(command, "command")] if command else [])]
+def _beside(study: Study, table: pd.DataFrame, squares: pd.DataFrame,
+            mismatches: list[ledger.Mismatch]) -> list[Block]:
+    """What stands under the answer: the comparisons that the study names, mean and noise, other
+    comparisons, what more seeds would show, and runs of uncommitted code.
+    """
+    items = (*answer.named(study, table), *factorial.sentences(study, squares),
+             *answer.beside(study, table))
+    lines = [*answer.powers(study, table), *(m.sentence for m in mismatches if m.what == "dirty")]
+    return [*([Items(items)] if items else []), *(Text(t) for t in lines)]
 
 
 def _variants(study: Study) -> list[Block]:
@@ -111,7 +117,8 @@ def _completeness(study: Study) -> list[Block]:
               "diverged", "measurements missing", "same runs as")
     keep = [k for k in range(len(header)) if k < 5 or any(row[k] not in ("0", "") for row in rows)]
     blocks: list[Block] = [
-        Text(f"{len(runs)} runs planned: {detail}. Unfinished means running or interrupted."),
+        Text(f"{words.several(len(runs), 'run')} planned: {detail}. Unfinished means running or "
+             "interrupted."),
         Table(tuple(header[k] for k in keep), tuple(tuple(row[k] for k in keep) for row in rows),
               "Names that mean the same run share its folder and are counted once."
               if study.runs.same_as.any() else "")]
@@ -149,8 +156,14 @@ def _comparisons(study: Study, table: pd.DataFrame, mismatches: list[ledger.Mism
                    *([] if verdicts else ["Screening: effects and intervals, no verdicts."]),
                    ledger.standing(study, mismatches, cell, ids)]
         if verdicts:
-            caption.append('Verdicts are on the claim "worse than the baseline"; Holm\'s '
-                           'adjustment over the secondary comparisons guards "supported" only.')
+            caption.append("Verdicts are on the claim that A, of A − B, is worse. Refuted: the "
+                           "claim that A is worse is refuted: the 95 % upper bound lies below the "
+                           "margin. Holm's adjustment over all but the primary guards "
+                           '"supported" only.')
+        fixed = {r["name"] for r in study.recipes if r["cell"] == cell and computed(r)}
+        if (rows.variant.isin(fixed) | rows.baseline.isin(fixed)).any():
+            caption.append("Against a fixed point, which is computed without training, what is "
+                           "left is the network's own error.")
         if (rows.equal_variances_p < 0.05).any():
             caption.append("The variants' residual variances differ (Brown-Forsythe p < .05): do "
                            "not trust the pooled intervals.")
@@ -163,8 +176,9 @@ def _comparisons(study: Study, table: pd.DataFrame, mismatches: list[ledger.Mism
     blocks.append(Text(words.GLOSSARY))
     rest = int((table.role == "descriptive").sum())
     if rest:
-        blocks.append(Text(f"{rest} more comparisons, at other points, numbers of evaluations and "
-                           "metrics, are described in comparisons.csv; they are not tested."))
+        blocks.append(Text("Described in comparisons.csv and not tested: "
+                           f"{words.several(rest, 'more comparison')}, "
+                           "at other points, numbers of evaluations and metrics."))
     return blocks
 
 
@@ -187,8 +201,10 @@ def _value_table(study: Study, frame: pd.DataFrame, what: str, standing: str) ->
     body = tuple((name, *(words.value(v, len(study.seeds)) for v in row))
                  for name, row in zip(frame.index, frame.to_numpy(), strict=True))
     return Table(("name", *tables.headings(list(frame.columns))), body,
-                 f"{what} at their last point: mean over seeds (smallest to largest; n runs where "
-                 f"a seed is missing). {standing}".strip())
+                 f"{what} at their last point: "
+                 + ("mean over seeds (smallest to largest; n runs where a seed is missing)."
+                    if len(study.seeds) > 1 else "values of the one seed.")
+                 + f" {standing}".rstrip())
 
 
 def _audit(study: Study, mismatches: list[ledger.Mismatch]) -> list[Block]:
@@ -199,7 +215,8 @@ def _audit(study: Study, mismatches: list[ledger.Mismatch]) -> list[Block]:
     body = tuple((r["cell"], r["name"], f"{r['runs']:.0f}", words.count(r["images"]),
                   words.count(r["charged_images"]), words.count(r["images_total"]),
                   words.count(r["images_with_sources"]),
-                  *(f"{words.short(r[k])} / {words.short(r[k + '_with_sources'])}" for k in pairs),
+                  *(" / ".join((words.seconds if k == "seconds" else words.short)(r[k + s])
+                               for s in ("", "_with_sources")) for k in pairs),
                   words.count(r["parameters"])) for r in frame.to_dict("records"))
     table = Table(("cell", "name", "runs", "images", "charged", "own + charged", "with sources",
                    *(f"{k} own / with sources" for k in ("passes", "FLOPs", "seconds")),
@@ -211,24 +228,27 @@ def _audit(study: Study, mismatches: list[ledger.Mismatch]) -> list[Block]:
         return [Text("No mismatch: within every block own + charged images, data, noise and "
                      "initial weights are equal where they should be, and all runs share code, "
                      "device, torch and Python."), table]
-    return [Text(f"{len(mismatches)} mismatches:"), Items(tuple(m.sentence for m in mismatches)),
+    return [Text(f"{words.several(len(mismatches), 'mismatch')}:"),
+            Items(tuple(m.sentence for m in mismatches)),
             table]
 
 
 def _provenance(study: Study) -> list[Block]:
-    lines = [f"{label}: " + (", ".join(f"{value} ({n} runs)" for value, n in
-             ledger.environment(study.attempts, column).items()) or "no attempt recorded")
+    lines = [f"{label}: " + (", ".join(
+        f"{value} ({words.several(n, 'run')})" for value, n in
+        ledger.environment(study.attempts, column).items()) or "no attempt recorded")
              for column, label in ledger.ENVIRONMENT]
     blocks: list[Block] = [Items(tuple(lines)),
                            *_identities(study)]
     if len(study.missing):
-        blocks += [Text(f"{len(study.missing)} measurements asked for are not there:"),
+        blocks += [Text("Not there of what is asked for: "
+                        f"{words.several(len(study.missing), 'measurement')}:"),
                    Items(_some(f"{m.name}, {m.cell}, seed {m.seed}: {m.file}: {m.why}"
                                for m in study.missing.itertuples()))]
     else:
         blocks.append(Text("Every measurement asked for is there."))
     if study.problems:
-        blocks += [Text(f"{len(study.problems)} files could not be read:"),
+        blocks += [Text(f"{words.several(len(study.problems), 'file')} could not be read:"),
                    Items(_some(study.problems))]
     return blocks
 
@@ -283,9 +303,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 It works on a study that is still running and says what is missing. The folder report/ holds
 report.html (one file, nothing fetched), report.md, preview.png, the figures, and as CSV: runs,
-measures (every value with the file it came from), comparisons, score_error, map_error, instruments
-(every value over noise levels, N, classes or modes, one a row). It can be deleted and rebuilt;
-the same run folders give the same bytes.
+measures (every value with the file it came from), comparisons, mean_and_noise (the 2 x 2),
+score_error, map_error, instruments (every value over noise levels, N, classes or modes, one a
+row). It can be deleted and rebuilt; the same run folders give the same bytes.
 
 exit status: 0 done; 2 a study is missing or cannot be read""")
     parser.add_argument("study", nargs="*", metavar="STUDY",

@@ -13,6 +13,8 @@ from analysis.document import Block, Section, Table, Text
 from analysis.instruments import compared
 from analysis.levels import (
     ERROR,
+    OWN,
+    RATIO,
     one,
     over_seeds,
     planned,
@@ -91,7 +93,7 @@ def noise(study: Study, cell: str) -> list[Block]:
         f"under the law of training, means over seeds {ERROR}. rho is the estimate's "
         "share of the variance; estimate, dropout, draw and total are variances of one image's "
         "gradient, summed over parameters; signal / noise is the squared mean gradient over the "
-        "total. " + star_text(study, cell))
+        f"total. {RATIO} {OWN} " + star_text(study, cell))
 
 
 def cosine(study: Study, cell: str) -> list[Block]:
@@ -103,7 +105,7 @@ def cosine(study: Study, cell: str) -> list[Block]:
     return _law_table(
         study, cell, "gradient_cosine", COSINE, "law",
         f"mean gradients of {first} (first) and {second} (second) at the same weights under the "
-        f"law of training, noise removed; means over seeds {ERROR}. "
+        f"law of training, noise removed; means over seeds {ERROR}. {OWN} "
         + star_text(study, cell))
 
 
@@ -136,7 +138,7 @@ def paths(study: Study, cell: str) -> list[Block]:
             if top not in end.index:
                 continue
             entry = end.loc[top].to_dict()
-            body.append((str(name), trajectories.PATHS[path], text_of(entry), text_of(spread),
+            body.append((str(name), tables.PATHS[path], text_of(entry), text_of(spread),
                          text_of(floor) if path.endswith("teacher") else "–",
                          f"{entry['n']:.0f}"))
     return [Table(("variant", "path", "error at T", "spread along the path", "floor", "seeds"),

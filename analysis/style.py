@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import seaborn as sns
 from matplotlib.axis import Axis
@@ -17,6 +17,7 @@ INK, GREY, PALE = "#1f2933", "#7b8794", "#e4e7eb"
 COLOURS = (*sns.color_palette("colorblind").as_hex()[:6], "#56b4e9", "#6a3d9a", "#6b7280",
            "#1b7837")  # its pale pink and yellow vanish on white
 MARKERS = "osD^vPX*<>hp"
+LINES = ("-", (0, (6, 1.5, 1, 1.5)), (0, (1, 1.2)))  # of variants that share a colour; not dashed
 STYLE = {**sns.axes_style("ticks"), **sns.plotting_context("notebook", font_scale=0.85),
          "axes.edgecolor": GREY, "axes.labelcolor": INK, "text.color": INK,
          "xtick.color": INK, "ytick.color": INK, "axes.grid": True, "grid.color": PALE,
@@ -28,17 +29,33 @@ Drawn = tuple[Figure, str, list[str] | None] | None
 
 
 def palette(study: Study) -> dict[str, Any]:
-    """One colour per variant name, in file order, kept over all figures; fixed points have softer
-    ones of their own, so that the trained keep colours that are told apart."""
+    """One colour per variant name, in file order, kept over all figures: distinct ones, which
+    come again where they are used up and are then told apart by `look`. Fixed points have softer
+    ones of their own."""
     own = [r for r in study.recipes if r["role"] == "variant"]
     names = list(dict.fromkeys(r["name"] for r in own))
     fixed = {r["name"] for r in own if computed(r)}
     trained = [n for n in names if n not in fixed]
-    few = len(trained) <= len(COLOURS)
-    colours = COLOURS[:len(trained)] if few else sns.color_palette("husl", len(trained))
-    found = dict(zip(trained, colours, strict=True))
+    found = {n: COLOURS[i % len(COLOURS)] for i, n in enumerate(trained)}
     soft = iter(sns.husl_palette(len(fixed), s=0.5, l=0.6).as_hex() if fixed else ())
     return {n: found.get(n) or next(soft) for n in names}
+
+
+class Look(NamedTuple):
+    """How a variant is drawn in every figure."""
+
+    colour: Any
+    marker: str
+    line: Any
+
+
+def look(colours: dict[str, Any], name: str) -> Look:
+    """A variant's colour with its marker, and its line: another one for each that shares the
+    colour."""
+    names = list(colours)
+    at = names.index(name)
+    before = sum(colours[n] == colours[name] for n in names[:at])
+    return Look(colours[name], MARKERS[at % len(MARKERS)], LINES[before % len(LINES)])
 
 
 def plain_log(axis: Axis) -> None:

@@ -1,10 +1,11 @@
 """Comparisons and summaries, as frames; every row keeps to one metric identity.
 
 A comparison is variant minus baseline over the blocks of one cell. Primary is the pair that the
-study names. Secondary are every other variant against the primary's baseline, and every pair whose
-complete factors differ in exactly one key: these say which factor causes what. Where that key is
-the primary's, the pair is oriented like the primary; elsewhere it is the later in the file minus
-the earlier. Charging moves images from a run's budget to its sources: the budget differs if own +
+study names, named are further ones that it was made for (`compare`), whatever they differ in.
+Secondary are every other variant against the primary's baseline, and every pair whose complete
+factors differ in exactly one key: these say which factor causes what. Where that key is the
+primary's, the pair is oriented like the primary; elsewhere it is the later in the file minus the
+earlier. Charging moves images from a run's budget to its sources: the budget differs if own +
 charged images do, and where only the own images do, so does its split, a second factor that is
 borne only against the primary's two sides. Tested are the pairs on the primary's endpoint; all
 other endpoints (metric, NFE, point, EMA, reference) are described, without verdicts.
@@ -37,6 +38,8 @@ USES = {"fid": ("nfe", "ema", "reference"), "kid": ("nfe", "ema", "reference"),
         **dict.fromkeys(("map_error", "trajectory_error", "pushforward_w2", "pushforward_between"),
                         ("ema",))}  # what else identifies a metric's endpoint; others: nfe and ema
 MEANT = {"trajectories": "trajectory_error", "coverage": "recall", "pushforward": "pushforward_w2"}
+PATHS = {"teacher": "the teacher's", "second_teacher": "the second teacher's",
+         "population": "the population's", "empirical": "the training set's"}
 ENDPOINT = ("metric", "nfe", "at", "ema", "reference")
 STEPS = {1: "one-step ", 2: "two-step "}
 
@@ -45,7 +48,8 @@ COMPARISON_COLUMNS = (
     "low", "high", "low_pooled", "high_pooled", "p", "p_holm", "sign_flip_p", "verdict", "matched",
     "matched_with_sources", "role", "mean_variant", "mean_baseline", "percent",
     "percent_low", "percent_high", "sd", "diverged_variant", "diverged_baseline",
-    "equal_variances_p", "points", "identity")
+    "equal_variances_p", "family", "points", "identity")
+FAMILY = ("named", "secondary")  # Holm's
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,9 @@ def headings(columns: list[tuple[str, str]]) -> list[str]:
     short = []
     for metric, what in columns:
         keys = dict(p.split("=", 1) for p in what[what.index("[") + 1:-1].split(", ") if "=" in p)
-        parts = (METRICS.get(metric, metric), f"{keys['nfe']} NFE" if "nfe" in keys else "",
+        path = PATHS.get(keys.get("along", ""), "")
+        parts = (METRICS.get(metric, metric), f"{path} path" * bool(path),
+                 f"{keys['nfe']} NFE" if "nfe" in keys else "",
                  keys.get("reference", "").replace("_", "-"))
         short.append(", ".join(filter(None, parts)))
     return [h if short.count(h) == 1 else what
@@ -123,28 +129,32 @@ def shown_endpoint(study: Study, cell: str) -> dict[str, Any] | None:
 
 
 def variants(study: Study, cell: str) -> list[str]:
-    """The cell's variants in file order, names that mean the same runs counted once.
+    """The cell's variants in file order, names that mean the same runs counted once."""
+    return [name for name, kept in _names(study, cell).items() if name == kept]
 
-    Of such names the primary's own stays, else the first.
+
+def _names(study: Study, cell: str) -> dict[str, str]:
+    """The cell's variants in file order, each with the name that its runs go by.
+
+    Of such names the primary's own stays, else one that `compare` names, else the first.
     """
     ids: dict[str, tuple[str, ...]] = {}
     rows = study.runs[(study.runs.cell == cell) & (study.runs.role == "variant")]
     for name, group in rows.groupby("name", sort=False):
         ids[str(name)] = tuple(group["id"])
-    kept: dict[tuple[str, ...], str] = {}
-    primary = study.primaries.get(cell, {})
-    protected = (primary.get("variant"), primary.get("against"))
-    for name, key in ids.items():
-        if key not in kept or name in protected:
-            kept[key] = name
-    return [name for name in ids if name in kept.values()]
+    primary, kept = study.primaries.get(cell, {}), {}
+    sides = [primary[side] for side in ("variant", "against") if side in primary]
+    for name in (*reversed(ids), *(n for pair in study.compare for n in pair), *sides):
+        if name in ids:
+            kept[ids[name]] = name
+    return {name: kept[key] for name, key in ids.items()}
 
 
 def pairs(study: Study, cell: str) -> list[Pair]:
     """The comparisons to make in a cell; each unordered pair once. A fixed point is compared with
     the variants that it is the end of and with no other; where the primary has one too, these are
     secondary, elsewhere they are not tested."""
-    names = variants(study, cell)
+    kept, names = _names(study, cell), variants(study, cell)
     recipes = {r["name"]: r for r in study.recipes if r["cell"] == cell}
     primary = study.primaries.get(cell, {})
     sides = (primary.get("variant"), primary.get("against"))
@@ -159,6 +169,9 @@ def pairs(study: Study, cell: str) -> list[Pair]:
     learned = bool(primary) and any(computed(recipes[n]) for n in sides)
     if primary:
         add(*sides, "primary")
+    for pair in study.compare:
+        add(*(kept.get(n, n) for n in pair), "named")
+    if primary:
         for name in () if learned else trained:
             add(name, sides[1], "secondary")
     for variant, fixed in counterparts(recipes).items():
@@ -179,7 +192,7 @@ def comparisons(study: Study) -> pd.DataFrame:
     """All comparisons at all endpoints: COMPARISON_COLUMNS, the primary's endpoint first.
 
     effect > 0 means worse than the baseline. The primary is tested by itself; Holm's family is
-    the secondary comparisons, over all cells.
+    the named and the secondary comparisons, over all cells.
     """
     rows: list[dict[str, Any]] = []
     for cell in study.cells:
@@ -202,7 +215,7 @@ def comparisons(study: Study) -> pd.DataFrame:
                            fixed, tested=_same(where, endpoint))
     table = pd.DataFrame(rows, columns=list(COMPARISON_COLUMNS))
     _judge(study, table)
-    order = table.role.map({"primary": 0, "secondary": 1}).fillna(2)
+    order = table.role.map({"primary": 0, "named": 1, "secondary": 2}).fillna(3)
     return table.iloc[np.argsort(order.to_numpy(), kind="stable")].reset_index(drop=True)
 
 
@@ -258,7 +271,7 @@ def _group(made: list[Pair], ids: pd.DataFrame, diverged: set[tuple[str, int]],
             "percent": stats.percent(e.effect) if log else math.nan,
             "percent_low": stats.percent(e.low) if log else math.nan,
             "percent_high": stats.percent(e.high) if log else math.nan,
-            "equal_variances_p": fit.equal_variances_p,
+            "equal_variances_p": fit.equal_variances_p, "family": math.nan,
             "points": " ".join(f"{s}:{x:+.10g}" for s, x
                                in zip(ids.index[there], d, strict=True))})
     return rows
@@ -277,8 +290,9 @@ def effect_of(row: pd.Series) -> stats.Effect:
 
 
 def _judge(study: Study, table: pd.DataFrame) -> None:
-    """Fills p_holm and verdict in place, for the rows that are tested."""
-    family = table.index[table.role == "secondary"]
+    """Fills p_holm, family and verdict in place, for the rows that are tested."""
+    family = table.index[table.role.isin(FAMILY)]
+    table.loc[family, "family"] = int(table.loc[family, "p"].notna().sum())
     table.loc[family, "p_holm"] = stats.holm(table.loc[family, "p"].tolist())
     for i in table.index[table.role != "descriptive"]:
         row = table.loc[i]

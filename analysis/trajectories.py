@@ -11,10 +11,8 @@ from matplotlib.figure import Figure
 
 from analysis.levels import BARS, SIGMA, draw, one, over_seeds, rows_of, stands_on
 from analysis.load import Study
-from analysis.style import INK, Drawn, plain_log
-
-PATHS = {"teacher": "the teacher's", "second_teacher": "the second teacher's",
-         "population": "the population's", "empirical": "the training set's"}
+from analysis.style import INK, Drawn, look, plain_log
+from analysis.tables import PATHS
 
 
 def there(rows: pd.DataFrame) -> list[str]:
@@ -39,9 +37,9 @@ def _panels(panels: int) -> tuple[Figure, list[Axes]]:
 
 
 def _lines(axes: Axes, rows: pd.DataFrame, quantity: str, colours: dict[str, Any]) -> None:
-    for i, name in enumerate(n for n in colours if (rows.name == n).any()):
+    for name in (n for n in colours if (rows.name == n).any()):
         own = rows[(rows.name == name) & (rows.quantity == quantity) & (rows.over == "sigma")]
-        draw(axes, over_seeds(own), colours[name], name, i, positive=True)
+        draw(axes, over_seeds(own), look(colours, name), name, positive=True)
     axes.set(xscale="log", yscale="log")
 
 

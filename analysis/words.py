@@ -1,4 +1,4 @@
-"""Numbers, factors and results in words: signs, units, the answer to the study's question."""
+"""Numbers and factors in words: signs, units, how a variant is trained."""
 
 from __future__ import annotations
 
@@ -6,18 +6,13 @@ import json
 import math
 from typing import Any
 
-import pandas as pd
 from matplotlib.ticker import EngFormatter
 
-from analysis import stats, tables
+from analysis import stats
 from analysis.load import Study
 from analysis.recipes import AMOUNT, BUDGET, computed, differing, planned
 
 SI = EngFormatter(sep="\u00a0")
-VERDICTS = {"tie": "a tie within the margin",
-            "supported": "the claim that {variant} is worse is supported",
-            "refuted": "the claim that {variant} is worse is refuted",
-            stats.SCREENING: "screening, no verdict"}
 KINDS = {"single_sample": "single sample (CT)", "teacher": "teacher {run} (CD)",
          "empirical": "exact posterior mean of the training set",
          "analytic": "exact posterior mean of the mixture", "run": "weights of {run}",
@@ -38,95 +33,6 @@ GLOSSARY = ("EMA: moving average of the weights, its length a share of training.
             "budget. Images equal: own + charged images are; with sources: also those that all "
             "its sources were trained on. Real against real: the metric between real images and "
             "other real images, what a perfect model would reach.")
-
-
-def answers(study: Study, table: pd.DataFrame) -> list[str]:
-    """The primary comparison in one sentence per cell, with its interval and number of seeds."""
-    sentences = []
-    for cell in study.cells:
-        where = f"In {cell}, " if len(study.cells) > 1 else ""
-        rows = table[(table.cell == cell) & (table.role == "primary")]
-        primary = study.primaries.get(cell)
-        if primary is None:
-            sentences.append(f"{where}no primary comparison is declared: nothing is tested.")
-        elif rows.empty:
-            sentences.append(f"{where}{primary['variant']} and {primary['against']} are the same "
-                             "run: there is nothing to compare.")
-        sentences += [where + sentence(row) for _, row in rows.iterrows()]
-    return [s[:1].upper() + s[1:] if s.startswith("no ") else s for s in sentences]
-
-
-def sentence(row: pd.Series) -> str:
-    """A comparison in one sentence: size, means, interval, seeds, verdict, what is unequal."""
-    name, log = tables.title(row.metric, row.nfe), stats.is_log(row.metric)
-    seeds = f"{row.n} of {row.planned} seeds"
-    gone = (f" Diverged: {row.diverged_variant} of {row.variant}, {row.diverged_baseline} of "
-            f"{row.baseline}." if row.diverged else "")
-    gone += " The two are not matched in images." if row.matched == "no" else ""
-    verdict = VERDICTS.get(row.verdict, row.verdict).format(variant=row.variant)
-    if row.n == 0:
-        return (f"not answered yet: no seed of {row.planned} has the {name} of both {row.variant} "
-                f"and {row.baseline}.{gone}")
-    higher = (row.effect > 0) != (row.metric in stats.BETTER_HIGH)
-    size = (f"{abs(row.percent):.{1 if abs(row.percent) < 10 else 0}f}\u00a0%" if log
-            else f"{abs(row.effect):.3g}")
-    text = (f"{row.variant}'s {name} is {size} {'higher' if higher else 'lower'} than "
-            f"{row.baseline}'s ({row.mean_variant:.3g} against {row.mean_baseline:.3g}, "
-            f"{'geometric ' if log else ''}means; ")
-    if row.n < stats.INTERVAL_FROM:
-        show = percent_text if log else signed
-        points = ", ".join(show(float(p.split(":")[1])) for p in row["points"].split())
-        return f"{text}{seeds}: {points}; too few for an interval): {verdict}.{gone}"
-    null = "the interval includes no difference (0); " if row.low <= 0 <= row.high else ""
-    return (f"{text}95 % interval {interval(row.low, row.high, log)}, {seeds}): "
-            f"{null}{verdict}.{gone}")
-
-
-def beside(study: Study, table: pd.DataFrame) -> list[str]:
-    """One sentence for every other comparison that differs in the primary's factor alone, and the
-    noise floor that each A/A twin gives.
-    """
-    sentences = []
-    for cell in study.cells:
-        rows = table[(table.cell == cell) & table.role.isin(["primary", "secondary"])]
-        factors = rows[rows.role == "primary"].differs
-        rows, where = rows[rows.role == "secondary"], f"{cell}: " * (len(study.cells) > 1)
-        for _, row in rows[rows.n > 0].iterrows():
-            if row.differs in set(factors) and ", " not in row.differs:
-                sentences.append(where + sentence(row))
-            elif row.differs == "data_stream":
-                sentences.append(
-                    f"{where}noise floor: {row.variant} and {row.baseline} are the same training "
-                    "on other noise and order, so their difference "
-                    f"({interval(row.low, row.high, stats.is_log(row.metric))}, 95 % interval, "
-                    f"{row.n} of {row.planned} seeds) is chance alone.")
-    return sentences
-
-
-def powers(study: Study, table: pd.DataFrame) -> list[str]:
-    """What more seeds would show: the power of the primary comparison, from six seeds on."""
-    texts = []
-    for _, row in table[table.role == "primary"].iterrows():
-        margin = float(study.primaries[row.cell]["margin"])
-        seeds = stats.seeds_needed(tables.effect_of(row), margin)
-        size = percent_text(margin) if stats.is_log(row.metric) else f"{margin:g}"
-        if row.n and row.n < stats.VERDICT_FROM:
-            how = ("This command trains only the new seeds:" if more_seeds(study) else
-                   f"The study plans {row.planned} for this comparison.")
-            texts.append(f"A verdict wants {stats.VERDICT_FROM} seeds or more; fewer show "
-                         f"effects and their spread. {how}")
-        elif seeds:
-            texts.append(f"With the spread seen in {row.cell}, an effect as large as the margin "
-                         f"({size}) would need {seeds} seeds to be found with a chance of 80 %.")
-    return list(dict.fromkeys(texts))
-
-
-def more_seeds(study: Study) -> str:
-    """The command that brings a study to the seeds that a verdict wants; "" if it plans them."""
-    new = [s for s in range(2 * stats.VERDICT_FROM) if s not in study.seeds]
-    seeds = [*study.seeds, *new][:stats.VERDICT_FROM]
-    return (f"python -m study.run sweeps/{study.name}.yaml --set seeds='{seeds}'"
-            if len(study.seeds) < stats.VERDICT_FROM else "")
 
 
 def recipes(study: Study, cell: str) -> tuple[list[tuple[str, str, str]], str]:
@@ -207,7 +113,7 @@ def percent_text(effect: float) -> str:
 def percent_number(effect: float) -> str:
     """A log difference in percent, signed, with two digits that count."""
     value = stats.percent(effect)
-    return f"{value:+.{1 if abs(value) < 10 else 0}f}".replace("-", "\u2212")
+    return _minus(f"{value:+.{1 if abs(value) < 10 else 0}f}")
 
 
 def interval(low: float, high: float, log: bool) -> str:
@@ -220,7 +126,12 @@ def interval(low: float, high: float, log: bool) -> str:
 
 def signed(value: float) -> str:
     """A number with its sign and three digits."""
-    return f"{value:+.3g}".replace("-", "\u2212")
+    return _minus(f"{value:+.3g}")
+
+
+def _minus(text: str) -> str:
+    """A number with a sign for minus; zero has none."""
+    return "0" if float(text) == 0 else text.replace("-", "\u2212")
 
 
 def p_text(value: float) -> str:
@@ -238,9 +149,24 @@ def short(value: float) -> str:
     return "–" if math.isnan(value) else SI(float(f"{value:.3g}"))
 
 
+def seconds(value: float) -> str:
+    """A time in seconds with three digits."""
+    if math.isnan(value):
+        return "–"
+    rounded = float(f"{value:.3g}")
+    return f"{rounded:,.0f} s" if abs(rounded) >= 1000 else f"{rounded:g} s"
+
+
+def several(n: float, what: str) -> str:
+    """A number of things: "1 seed", "2 seeds", "2 mismatches"."""
+    return f"{n:,.0f} {what}" + ("" if n == 1 else "es" if what.endswith("ch") else "s")
+
+
 def value(entry: tuple[float, float, float, int] | None, seeds: int) -> str:
-    """A mean with its range over runs, and their number unless it is all seeds."""
+    """A mean with its range over runs that differ, and their number unless it is all seeds."""
     if not isinstance(entry, tuple):
         return "–"
     mean, low, high, n = entry
-    return f"{mean:.3g}\n({low:.3g} to {high:.3g}{'' if n == seeds else f'; n {n}'})"
+    texts = [f"{x + 0.0:.3g}" for x in (mean, low, high)]
+    beside = [f"{texts[1]} to {texts[2]}"] * (texts[1] != texts[2]) + [f"n {n}"] * (n != seeds)
+    return texts[0] + (f"\n({'; '.join(beside)})" if beside else "")

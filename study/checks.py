@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 from study.budget import snapshot_images
@@ -33,11 +34,13 @@ from study.factors import (
     Unet,
     Windowed,
 )
-from study.meaning import deterministic, endless, ignored, references
-from study.settings import Measure, extractor_identity, settings_of, snapshot_points
+from study.meaning import deterministic, endless, ignored, plain_score, references
+from study.settings import PROBES, Measure, extractor_identity, settings_of, snapshot_points
 from study.spec import Primary, Recipe
 
 HELD_OUT = {"digits": 400, "fashion_mnist": 10_000}  # the smaller part of each image data set
+SIDE = {"digits": 8, "fashion_mnist": 28}
+MOST_TERMS = 1000  # components of a mean of draws that the oracle can keep
 TRAIN = {"digits": 997, "fashion_mnist": 50_000}
 NEEDS = {
     "fid": "images",
@@ -67,6 +70,10 @@ def check_recipe(
     if score:
         check_score(score, factors, f"{where}.score")
     check_objective(factors, where)
+    side = SIDE.get(getattr(data, "of", data).__struct_config__.tag)
+    network = factors.network
+    if isinstance(network, Unet) and side and side % network.patch:
+        raise StudyError(f"{where}.network: patch {network.patch} does not divide {side} pixels")
     steps = factors.discretization
     read = "discretization" not in ignored(factors)
     if read and isinstance(steps, Progressive) and steps.s0 > steps.s1 + 1:
@@ -92,6 +99,13 @@ def check_recipe(
     for name in dict.fromkeys(n for settings in asked for n in settings.consults):
         kind = next(s.record["kind"] for s in asked if name in s.consults)
         check_reference(factors, f"{where} (by measure.{kind})", "score", name, sources, variants)
+    for kind in PROBES:
+        ask = getattr(recipe.measure, kind)
+        if ask and any(s.record["kind"] == kind for s in asked):
+            for field in ("score", "against"):
+                if isinstance(given := getattr(ask, field, None), Score):
+                    place = f"{where} (by measure.{kind}.{field})"
+                    check_score(plain_score(given, data), factors, place)
     for settings in asked:
         if settings.record["ema"] not in (*factors.weights_ema, "raw"):
             raise StudyError(
@@ -216,11 +230,14 @@ def check_objective(factors: Factors, where: str) -> None:
         raise StudyError(
             f"{where}.score: a fixed point is known for single_sample, posterior_k and analytic"
         )
-    if (
-        isinstance(factors.discretization, EctMapping)
-        or isinstance(solver, Heun)
-        and isinstance(factors.score, PosteriorK)
-    ):
+    modes, k = len(data.means), getattr(factors.score, "k", 1)
+    if math.comb(k + modes - 1, modes - 1) > MOST_TERMS:
+        raise StudyError(
+            f"{where}.score: the mean of {k} draws from {modes} modes has more than {MOST_TERMS} "
+            "components; take a smaller k"
+        )
+    heun = isinstance(solver, Heun) and isinstance(factors.score, PosteriorK)
+    if heun or isinstance(factors.discretization, EctMapping):
         raise StudyError(f"{where}: a fixed point is known on a grid of N points, with euler")
 
 
@@ -265,6 +282,19 @@ def check_measure(measure: Measure, factors: Factors, where: Where) -> None:
             raise StudyError(f"{where(metric)}: {ask.extractor} is not an extractor for {real}")
         if ask and ask.extractor:
             extractor_identity(ask.extractor, where(f"{metric}.extractor"))
+    if (ask := measure.coverage) and ask.samples and ask.neighbours >= ask.samples:
+        raise StudyError(
+            f"{where('coverage')}: {ask.neighbours} neighbours of {ask.samples} samples"
+        )
+    if (ask := measure.trajectories) and (
+        len(set(ask.teachers)) < len(ask.teachers) or len(ask.teachers) > 2
+    ):
+        raise StudyError(
+            f"{where('trajectories')}: teachers {list(ask.teachers)}: two different ones at most, "
+            "whose distance is the floor"
+        )
+    if (ask := measure.gradient_slopes) and len(set(ask.N)) < len(ask.N):
+        raise StudyError(f"{where('gradient_slopes')}: N {list(ask.N)} names one twice")
     for metric in ("fid", "kid", "coverage", "memorisation"):
         ask = getattr(measure, metric)
         if ask and ask.samples and ask.samples > references_of(data):

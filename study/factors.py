@@ -48,9 +48,11 @@ class FashionMnist(Kind, frozen=True, tag="fashion_mnist"):
 
 class Images(Kind, frozen=True, tag="images"):
     """A folder or .zip of square images of one size, grey or RGB, read from `root`; train/ and
-    test/ in it are the parts, else `held_out` of them are set aside."""
+    test/ in it are the parts, else `held_out` of them are set aside. name: tells two such data
+    sets apart; a folder may move, so where it lies does not."""
 
     root: str
+    name: Name = "images"
     held_out: Count | None = None
 
 

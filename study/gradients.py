@@ -89,8 +89,9 @@ def gradient_noise(
             squares["estimator"].append(replicates.square(apart) / 2)
             if scale is not None:
                 squares["scaled"].append(replicates.square(apart * scale) / 2)
+            mask = _key(generator)  # drawn in any case: the batches after it are the same for all
             if f.dropout:
-                again = replace(again, mask=_key(generator))
+                again = replace(again, mask=mask)
                 apart = g - _gradient(problem, again, at, progress)[0]
             squares["within"].append(replicates.square(apart) / 2)
             if stepped:

@@ -17,6 +17,7 @@ from study.losses import Problem
 from study.models import Lookup, has_head, law_of, level_range, make_problem
 from study.probes import geometric
 from study.scores import Denoiser
+from study.settings import named_sources
 from study.spec import Run
 from study.weights import snapshot_at
 
@@ -29,7 +30,7 @@ def problem_at(
     device: torch.device,
     at: float,
     needed: Mapping[str, Denoiser],
-) -> tuple[Problem, dict[str, torch.Tensor]]:
+) -> tuple[Problem, dict[str, torch.Tensor] | None]:
     """The run's loss at the raw weights of a snapshot, and Adam's second moment there. needed:
     denoisers by source id, beside those that the run's own score reads."""
     factors, state = run.recipe.factors, snapshot_at(lookup(run.id), at)
@@ -50,7 +51,7 @@ def problem_at(
     known = problem.known
     teachers = {**known.teachers, **needed}
     known = replace(known, law=known.law or law_of(dataset), teachers=teachers)
-    return replace(problem, known=known), state["second_moment"]
+    return replace(problem, known=known), state.get("second_moment")
 
 
 def gradient(
@@ -67,23 +68,25 @@ def gradient(
     are the same for all variants of a block."""
     factors, sigma = run.recipe.factors, level_range(run.recipe.factors, dataset)
     scores = [msgspec.convert(record[k], Score) for k in ("score", "against") if k in record]
-    ids = [s.run for s in scores if getattr(s, "run", None)]
+    ids = [i for score in scores for i in named_sources(score)]
     rows, batches = factors.batch, record["batches"]
     needed = {i: teacher(i) for i in ids}
     problem, moment = problem_at(run, sources, lookup, dataset, device, at, needed)
     generator = torch.Generator(device).manual_seed(seeds.number(run.seed, record["kind"]))
-    N = schedules.grid_points(factors.discretization, at)
+    # of the last update, whose N these weights were trained at
+    progress = max(0.0, at - rows / factors.budget.images)
+    N = schedules.grid_points(factors.discretization, progress)
     if record["kind"] == "gradient_slopes":
         return gradients.gradient_slopes(
-            problem, *scores, dataset, record["N"], at, batches, rows, generator
+            problem, *scores, dataset, record["N"], progress, batches, rows, generator
         )
     levels = geometric(sigma.min, sigma.max, record["sigmas"] + 1)[1:]
     if record["kind"] == "gradient_cosine":
         return gradients.gradient_cosine(
-            problem, *scores, dataset, N, at, levels, batches, rows, generator
+            problem, *scores, dataset, N, progress, levels, batches, rows, generator
         )
     return gradients.gradient_noise(
-        problem, dataset, N, at, levels, batches, rows, moment, generator
+        problem, dataset, N, progress, levels, batches, rows, moment, generator
     )
 
 

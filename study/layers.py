@@ -188,7 +188,10 @@ class Layered:
             value = {"kind": default, **value} if default else value
             value = chosen(value, kinds, self.where(key))
             return convert(value, kinds[value["kind"]], lambda sub: self.where(f"{key}{sub}"))
-        return convert(value, self.types[key], lambda sub: self.where(f"{key}{sub}"))
+        kind = self.types[key]
+        structs = [k for k in typing.get_args(kind) if isinstance(k, type) and k is not type(None)]
+        kind = structs[0] if len(structs) == 1 and value is not None else kind  # struct or null
+        return convert(value, kind, lambda sub: self.where(f"{key}{sub}"))
 
 
 def chosen(value: object, kinds: Mapping[str, type], where: str) -> object:

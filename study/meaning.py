@@ -42,6 +42,23 @@ def deterministic(score: Score) -> bool:
             return False
 
 
+def reads_law(factors: Factors) -> bool:
+    """Whether the score or its repeats need the posterior of what x is drawn from."""
+
+    def reads(score: Score) -> bool:
+        match score:
+            case Empirical() | KSample() | PosteriorK():
+                return True
+            case Blend(alpha=alpha, beta=beta, residual=residual):
+                return alpha != beta or residual == "gaussian"
+            case Windowed(inside=inside, outside=outside):
+                return reads(inside) or reads(outside)
+            case _:
+                return False
+
+    return factors.repeat > 1 or reads(factors.score)
+
+
 def endless(data: Data) -> bool:
     """Whether every x is a fresh draw of a known population."""
     return isinstance(data, Mixture | FittedMixture) and data.samples is None
@@ -50,7 +67,9 @@ def endless(data: Data) -> bool:
 def plain_score(score: Score, data: Data) -> Score:
     """The same estimate in fewest words."""
     match score:
-        case Blend(alpha=1, beta=1, residual="posterior") | PosteriorK(k=1) | KSample(n=1):
+        case (
+            Blend(alpha=1, beta=1, residual="posterior", run=None) | PosteriorK(k=1) | KSample(n=1)
+        ):
             return SingleSample()
         case Blend(alpha=0, beta=0, run=str(run)):
             return Teacher(run=run)

@@ -25,7 +25,9 @@ from study.models import Lookup, finished, knowledge, level_range
 from study.settings import HEUN_NFE, PROBES
 from study.spec import Run
 from study.store import Folder, write_bytes, write_json
+from study.weights import snapshot_name
 
+LAST = snapshot_name(1.0)
 GRID, PIXELS, FRAME = 8, 320, 96  # samples.png: images a side, width in pixels, frame's grey
 
 
@@ -195,6 +197,7 @@ def measure(
                 level_range(factors, dataset),
                 record["sigmas"],
                 record["samples"],
+                record.get("batch"),
             )
         else:
             result = values(snapshot(settings.at, record["ema"]), record)
@@ -205,6 +208,7 @@ def measure(
                 "at": settings.at,
                 "images": points[settings.at],
                 "settings": {**record, "at": settings.at},
+                "inputs": {i: lookup(i).trained["sha256"][LAST] for i in settings.consults},
                 **finite(result),
                 "seconds": round(time.perf_counter() - start, 3),
             },

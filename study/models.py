@@ -36,7 +36,7 @@ from study.factors import (
     Sigma,
 )
 from study.losses import Problem
-from study.meaning import ignored, references
+from study.meaning import ignored, reads_law, references
 from study.mixtures import Density
 from study.posterior import Posterior
 from study.scores import Denoiser, Knowledge
@@ -169,7 +169,7 @@ def knowledge(
         if path.split(".")[0] in ("score", "auxiliary")
     }
     return Knowledge(
-        law=None if "score" in unread else law_of(dataset),
+        law=law_of(dataset) if "score" not in unread and reads_law(factors) else None,
         density=dataset.density,
         teachers=teachers(needed, sources, lookup, dataset, device, factors.batch),
     )

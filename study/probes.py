@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from study import seeds
+from study import noise, seeds
 from study.consistency import along
 from study.data import Dataset, to_float
 from study.factors import Score, Sigma
 from study.posterior import Posterior
 from study.scores import Knowledge, Point, estimate
 
+BATCHES = 2004  # the noise stream of keys, one for each batch
 OWN_WEIGHT = 0.99  # t*: the posterior still is a point
 
 
@@ -49,9 +50,16 @@ def geometric(low: float, high: float, count: int) -> list[float]:
 
 @torch.no_grad()
 def score_error(
-    score: Score, known: Knowledge, dataset: Dataset, sigma: Sigma, sigmas: int, samples: int
+    score: Score,
+    known: Knowledge,
+    dataset: Dataset,
+    sigma: Sigma,
+    sigmas: int,
+    samples: int,
+    batch: int | None = None,
 ) -> dict[str, Any]:
-    """The score error of one estimate on `sigmas` levels, `samples` points each.
+    """The score error of one estimate on `sigmas` levels, `samples` points each; batch: how many
+    are estimated together, where that matters (all, if None).
 
     Returns lists over sigma; a quantity that the data do not define is None. The points are the
     same for every score.
@@ -64,6 +72,14 @@ def score_error(
     names = ("variance", "bias2", "distance2", "held_out_loss")
     result |= {n: [] for name in names for n in (name, f"{name}_se")}
     result |= {"posterior_variance": [], "effective_samples": []}
+
+    def estimated(at: Point) -> Tensor:
+        rows = batch or len(at.x)
+        parts = zip(*(part.split(rows) for part in (at.x, at.x_t, at.t)), strict=True)
+        keys = noise.words(at.draw, BATCHES, (-(-len(at.x) // rows),)) >> 1
+        return torch.cat(
+            [estimate(score, known, Point(*p, k)) for p, k in zip(parts, keys, strict=True)]
+        )
 
     def put(name: str, rows: Tensor | None) -> None:
         value = (None, None) if rows is None else mean_and_error(rows)
@@ -84,8 +100,7 @@ def score_error(
         x_t = x + along(t, x) * torch.randn(x.shape, generator=generator, device=device)
         again = law.posterior_draws(x_t, t, keys[0], 1)[0]
         first, second = (
-            estimate(score, known, Point(clean, x_t, t, key))
-            for clean, key in ((x, keys[1]), (again, keys[2]))
+            estimated(Point(clean, x_t, t, key)) for clean, key in ((x, keys[1]), (again, keys[2]))
         )
         put("variance", dot(first - second, first - second) / 2)
 
@@ -103,7 +118,7 @@ def score_error(
         )
         draws = law.posterior_draws(x_t, t, keys[3], 2)
         first, second = (
-            estimate(score, known, Point(clean, x_t, t, key))
+            estimated(Point(clean, x_t, t, key))
             for clean, key in zip(draws, keys[4:], strict=False)
         )
         put("held_out_loss", dot(held_out - first, held_out - second))

@@ -26,6 +26,7 @@ from study.factors import (
     Factors,
     FixedPoint,
     Frozen,
+    KSample,
     Name,
     Own,
     Positive,
@@ -35,7 +36,7 @@ from study.factors import (
     Value,
 )
 from study.identity import canonical, difference, digest
-from study.meaning import ignored
+from study.meaning import endless, ignored
 
 HEUN_NFE = 35
 EXTRACTORS = Path(__file__).with_name("extractors")
@@ -328,6 +329,8 @@ def score_settings(measure: Measure, factors: Factors, ids: Mapping[str, str]) -
     if ask is None or not scored:
         return None
     score = canonical(factors, ids).get("score", difference(factors.score))
+    inner = (factors.score, *(getattr(factors.score, s, None) for s in ("inside", "outside")))
+    in_batch = endless(factors.data) and any(isinstance(s, KSample) for s in inner)
     return Settings(
         1.0,
         {
@@ -337,5 +340,6 @@ def score_settings(measure: Measure, factors: Factors, ids: Mapping[str, str]) -
             "score": score,
             "data": difference(factors.data),
             "sigma": [factors.sigma.min, factors.sigma.max],
+            **({"batch": factors.batch} if in_batch else {}),  # its references are the batch's
         },
     )

@@ -39,7 +39,6 @@ def load(kind: Data, device: torch.device) -> data.Dataset:
     return data.load(kind).to(device)
 
 
-@cache
 def code() -> dict[str, object]:
     """What code this is: a digest of the package's own files, and the commit that it was run from
     where it is a git checkout."""
@@ -65,6 +64,9 @@ def code() -> dict[str, object]:
         return {"code": digest.hexdigest()[:16], "commit": None, "dirty": None}
 
 
+CODE = code()  # as imported: the files may change while a launcher lives
+
+
 def provenance(device: torch.device) -> dict[str, object]:
     """Where and on what an attempt runs."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -75,7 +77,7 @@ def provenance(device: torch.device) -> dict[str, object]:
         "device": name,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        **code(),
+        **CODE,
         "pid": os.getpid(),
     }
 

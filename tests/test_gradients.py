@@ -247,7 +247,7 @@ def test_below_t_star_the_posterior_is_a_point(score: Score) -> None:
     result = noise(p, dataset, [1e-4, 5.0], N=40, rows=50)
     assert result["sigma"][0] < 1e-3  # 40 points in the plane lie further apart
     assert result["estimator"][0] == result["rho"][0] == 0 and result["total"][0] > 0
-    assert result["rho"][1] > 0.01
+    assert result["rho"][1] > 0.002
     assert result["step_over_c"] == pytest.approx(
         [s / (0.00054 * math.sqrt(2)) for s in result["step"]]
     )

@@ -226,6 +226,44 @@ BAD = {
         TWO_MODES.replace("data: {kind: mixture, means: [[-1.0], [1.0]], std: 0.2, samples: 500}",
                           "data: digits").split("measure:")[0].replace("primary", "#")
         + "measure: {fid: {extractor: digits-cmm, samples: 9}}\n", "measure.fid.*'digits-cnn'"),
+    "a measured score without its teacher": (
+        TWO_MODES + "  gradient_cosine: {against: {kind: blend, alpha: 0.5, beta: 0}}\n",
+        "gradient_cosine.against.*needs `run`"),
+    "a measured score of an unknown source": (
+        TWO_MODES + "  gradient_slopes: {against: {kind: teacher, run: edn}}\n",
+        "gradient_slopes.*no source 'edn'"),
+    "a measured score that is a word too many": (
+        TWO_MODES + "  gradient_cosine: {against: empiric}\n", "did you mean 'empirical'"),
+    "a teacher twice": (
+        TWO_MODES + "  trajectories: {teachers: [edm, edm]}\n", "two different ones"),
+    "an N twice": (
+        TWO_MODES + "  gradient_slopes: {against: empirical, N: [20, 20]}\n", "one twice"),
+    "own without a head": (replaced("single_sample", "own"), "add auxiliary: denoising_head"),
+    "a window the wrong way round": (
+        replaced("single_sample", "{kind: windowed, inside: single_sample, outside: empirical, "
+                 "t_low: 2, t_high: 1}"), "window .* holds no level"),
+    "no draws": (replaced("single_sample", "{kind: posterior_k, k: 0}"), "0 given.*>= 1"),
+    "more references than points": (
+        replaced("single_sample", "{kind: k_sample, n: 501}"), "501 references.* 500"),
+    "heun with noise": (
+        replaced("{score: single_sample}", "{score: {kind: posterior_k, k: 2}, solver: heun}"),
+        "use solver: euler"),
+    "a fixed point of finite data": (
+        replaced("{score: single_sample}", "{objective: fixed_point}"), "endless one-dimensional"),
+    "too many draws for a fixed point": (
+        replaced(", samples: 500", "").replace(
+            "{score: single_sample}",
+            "{objective: fixed_point, score: {kind: posterior_k, k: 1000}}"), "smaller k"),
+    "a denoiser that is never read": (
+        replaced("single_sample", "{kind: blend, alpha: 1, beta: 1, run: edm}"), "never read"),
+    "a patch that does not divide": (
+        TWO_MODES.replace("data: {kind: mixture, means: [[-1.0], [1.0]], std: 0.2, samples: 500}",
+                          "data: digits").split("measure:")[0].replace("primary", "#")
+        .replace("{kind: mlp, width: 16, depth: 1}", "{kind: unet, patch: 3}"), "does not divide"),
+    "two folders of one name": (
+        TWO_MODES.split("measure:")[0].replace("primary", "#").replace("kind: mlp", "kind: mlp")
+        + "cells: {a: {data: {kind: images, root: x}}, b: {data: {kind: images, root: y}}}\n",
+        "both called 'images'"),
     "not a mapping": ("- 1\n", "mapping"),
     "not yaml": ("a: [1\n", "line"),
     "a tag that would build an object": ("base: !!python/object/apply:os.getcwd []\n", "tag"),

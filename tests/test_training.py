@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from studies import read, replaced
+from studies import TWO_MODES, read, replaced
 from torch import Tensor, nn
 
 from study import worker
+from study.data import load
 from study.factors import Adam, RAdam
+from study.instruments import problem_at
 from study.models import initial, make_optimizer
 from study.spec import Run
 from study.store import Store, read_lines
-from study.train import train
+from study.train import second_moment, set_up, train
 from study.weights import load_tensors, snapshot_name
 
 CPU = torch.device("cpu")
@@ -162,3 +164,33 @@ def test_optimizers_have_the_factors_settings() -> None:
         assert group["weight_decay"] == 0 and group["params"] == [w]
     net, w = one_weight()  # Adam's first step is lr whatever the gradient
     assert moves(make_optimizer(Adam(lr=0.1), net), w, [3.0]) == pytest.approx([0.1])
+
+
+def test_the_second_moment_is_adams_without_its_bias() -> None:
+    net, w = one_weight()
+    optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99))
+    for gradient in (3.0, 1.0):
+        w.grad = torch.full_like(w, gradient)
+        optimizer.step()
+    (moment,) = second_moment(optimizer, dict(net.named_parameters())).values()
+    # (0.99 * 9 + 1) * 0.01 / (1 - 0.99^2)
+    torch.testing.assert_close(moment, torch.full_like(moment, (0.99 * 9 + 1) / 1.99))
+
+
+def test_a_probe_reads_the_target_that_trained_beside_the_weights(tmp_path: Path) -> None:
+    """At the last weights the loss along the probe is that of training's own problem."""
+    study = read(tmp_path, TWO_MODES, ("variants.ct.target={kind: ema, mu: 0.99}",))
+    run = next(r for r in study.runs if r.recipe.name == "ct")
+    store = Store(tmp_path, study)
+    folder = store.folders[run.id]
+    folder.file("snapshots").mkdir(parents=True)
+    set_up()
+    dataset, lookup = load(run.recipe.factors.data), store.folders.__getitem__
+    device = torch.device("cpu")
+    assert train(run, study.unique, lookup, dataset, device, lambda: False, {})
+    problem, moment = problem_at(run, study.unique, lookup, dataset, device, 1.0, {})
+    state = torch.load(folder.file("snapshots/1.000.pt"), weights_only=True)
+    for kept, net in (("raw", problem.net), ("target", problem.average)):
+        assert all(torch.equal(state[kept][k], w) for k, w in net.state_dict().items())
+    assert not torch.equal(state["raw"]["out.weight"], state["target"]["out.weight"])
+    assert moment.keys() == dict(problem.net.named_parameters()).keys()
