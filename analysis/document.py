@@ -25,7 +25,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; style "answer" sets it off, style "command" is for a shell."""
+    """A paragraph; style "answer" sets it off."""
 
     text: str
     style: str = ""
@@ -84,8 +84,7 @@ def markdown(title: str, sections: Sequence[Section]) -> str:
 def _markdown(block: Block) -> str:
     match block:
         case Text():
-            marks = {"answer": "**{}**", "command": "    {}"}
-            return marks.get(block.style, "{}").format(block.text)
+            return f"**{block.text}**" if block.style == "answer" else block.text
         case Items():
             return "\n".join(f"- {item}" for item in block.items)
         case Figure():

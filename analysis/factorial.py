@@ -132,8 +132,8 @@ def sentences(study: Study, frame: pd.DataFrame) -> list[str]:
             "mean": f"the exact mean instead of the teacher's changes the {name} by "
                     f"{show(row.effect)}, averaged over noise",
             "noise": f"CT's noise changes the {name} by {show(row.effect)}, averaged over means",
-            "interaction": f"the noise's effect on the {name} with the exact mean differs "
-                           f"from that with the teacher's by {show(row.effect)} (interaction)"}
+            "interaction": f"interaction: the noise's effect on the {name} with the exact mean "
+                           f"differs from that with the teacher's by {show(row.effect)}"}
         span = (f"95 % interval {words.interval(row.low, row.high, log)}, "
                 if row.n >= stats.INTERVAL_FROM else "")
         null = "; the interval includes no difference (0)" if row.low <= 0 <= row.high else ""

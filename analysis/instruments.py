@@ -116,8 +116,8 @@ def parts(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any]) -> 
         return None
     shown = [p for p in PARTS if p[0] != "dropout" or noisy.quantity.eq("dropout").any()]
     still = ", ".join(n for n in measured if n not in names)
-    columns = min(len(names), 4)
-    tall = math.ceil(len(names) / columns)
+    tall = math.ceil(len(names) / 4)
+    columns = math.ceil(len(names) / tall)
     figure = Figure(figsize=(max(2.9 * columns, 5), 2.6 * tall + 0.7), layout="constrained")
     grid = figure.subplots(tall, columns, squeeze=False, sharex=True, sharey=True)
     for axes, name in zip(grid.flat, names, strict=False):

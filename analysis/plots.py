@@ -218,6 +218,7 @@ def curve(axes: Axes, study: Study, cell: str, endpoint: dict[str, Any], colours
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
     first, end = rows.images_total.min(), rows.images_total.max()
     axes.set_xlim(max(first - 0.06 * (end - first), 0) if end > first else 0)

@@ -13,8 +13,21 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from analysis import instruments, ledger, load, oracle, recipes, records, report, tables, words
+from analysis import (
+    answer,
+    instruments,
+    ledger,
+    load,
+    oracle,
+    probes,
+    recipes,
+    records,
+    report,
+    tables,
+    words,
+)
 from analysis.levels import one, over_seeds, rows_of
+from analysis.style import look, palette
 
 FEW = {k: fake.VARIANTS[k] for k in ("ct", "cd", "cd_exact")}
 DRAWN = {"gradient_noise", "gradient_parts", "gradient_step", "gradient_cosine", "gradient_slopes",
@@ -138,7 +151,7 @@ def test_what_is_compared_and_which_way(built: Path) -> None:
     assert frame.effect["precision"] == pytest.approx(-0.1)
     assert (frame.mean_variant["recall"], frame.mean_baseline["recall"]) == pytest.approx(
         (0.5, 0.6))
-    assert "ct's one-step recall is 0.1 lower than cd's (0.5 against 0.6" in words.sentence(
+    assert "ct's one-step recall is 0.1 lower than cd's (0.5 against 0.6" in answer.sentence(
         frame.loc["recall"].copy().rename(None).pipe(lambda r: pd.Series(
             r.to_dict() | {"metric": "recall"})))
     summary = tables.summary(load.load(built.parent), "digits", "variant")
@@ -203,6 +216,51 @@ def test_parts_leave_out_levels_that_are_not_defined(built: Path) -> None:
     black = figure.axes[0].collections[0].get_paths()[0].vertices
     assert black[:, 0].min() == pytest.approx(fake.SIGMA[1])
     assert len(rows_of(study, "digits", "gradient_noise")["file"].unique()) == 9
+
+
+def test_variants_without_noise_have_no_panel(tmp_path: Path) -> None:
+    folder = fake.write(tmp_path / "s", [0], variants=FEW)
+    fake.instruments(folder, [0])
+    for file in folder.glob("runs/*/measures/*-gradient_noise-*"):
+        fake.edit(file, dropout=[0.0] * 6)
+    study = load.load(folder)
+    figure, caption, _ = instruments.parts(study, pd.DataFrame(), "digits", palette(study))
+    assert [a.get_title() for a in figure.axes] == ["ct"]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels[:2] == ["estimate of the score", "draw of $(t, x_t)$"]
+    assert "Not drawn, all of theirs being that of the draw: cd, cd_exact." in caption
+
+
+def test_probes_say_where_they_are_taken(built: Path) -> None:
+    for title in ("Noise of the gradient", "Direction of the gradient"):
+        text = section(built, title)
+        assert text.count("Probes are taken at each variant's own weights") == 2
+        assert text.count("the law's variance holds the spread between levels") == 2
+    assert section(built, "Noise of the gradient").count("can leave [0, 1] by chance") == 2
+
+
+def test_a_trajectory_error_names_its_path(built: Path) -> None:
+    headings = table(section(built, "Metric against budget"))[0]
+    assert "trajectory error, the teacher's path" in headings
+
+
+def test_every_variant_looks_its_own(tmp_path: Path) -> None:
+    many = {f"v{k}": fake.Made({"batch": 16 * (k + 1)}) for k in range(24)}
+    colours = palette(load.load(fake.write(tmp_path / "s", [0], variants=FEW | many)))
+    looks = [look(colours, n) for n in colours]
+    assert len(set(looks)) == len(colours) == 27
+    assert len({x.marker for x in looks[:12]}) == 12
+    assert len({(x.colour, x.line) for x in looks}) == 27
+
+
+@pytest.mark.parametrize(("vectors", "means"), [
+    (False, "single-sample and the empirical estimate are both the empirical posterior mean"),
+    (True, "single-sample and the analytic estimate are both the population's posterior mean")])
+def test_whose_posterior_mean_is_estimated(tmp_path: Path, vectors: bool, means: str) -> None:
+    study = load.load(fake.write(tmp_path / "s", [0], variants=FEW, vectors=vectors))
+    _, caption, _ = probes.score(study, pd.DataFrame(), "digits", palette(study))
+    assert means in caption
+    assert ("one standard error of the mean" in caption) == vectors
 
 
 # --- fixed points ---

@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 
 import fake_study as fake
+import numpy as np
+import pandas as pd
 import pytest
 
-from analysis import load, probes, report, tables, words
+from analysis import answer, factorial, load, probes, report, tables, words
 from analysis.document import Link, Section, Table, Text, html, markdown
 from study.spec import StudyError
 
@@ -57,7 +59,7 @@ def test_contents_in_order(built: Path) -> None:
         "From a number to its run"]
     assert re.search(r"ct's one-step FID is [\d.]+\u00a0% (lower|higher) than cd's "
                      r"\([\d.]+ against [\d.]+, geometric means; 95 % interval \S+ to \S+\u00a0%, "
-                     r"3 of 3 seeds\): (the interval includes no difference \(0\); )?screening, "
+                     r"3 seeds\): (the interval includes no difference \(0\); )?screening, "
                      "no verdict", text)
     assert "Stands on 9 of 9 planned runs of digits." in text
     assert "15 runs planned: 15 done" in text
@@ -112,7 +114,8 @@ def test_a_mismatch_stands_in_the_captions(damaged: Path) -> None:
 
 def test_diverged_and_missing_seeds_are_counted_in_the_answer(damaged: Path) -> None:
     text = (damaged / "report.md").read_text()
-    assert re.search(r"4 of 6 seeds\): .*screening, no verdict. Diverged: 1 of ct, 0 of cd.", text)
+    assert re.search(r"4 seeds; 6 planned\): .*screening, no verdict below 6 seeds. "
+                     "Diverged: 1 of ct, 0 of cd.", text)
 
 
 def test_a_study_that_has_not_started(tmp_path: Path) -> None:
@@ -135,7 +138,7 @@ def test_vectors(tmp_path: Path) -> None:
     folder = fake.write(tmp_path / "s", seeds=[0, 1], variants=FEW, vectors=True, primary=primary)
     text = report.build(folder).with_suffix(".md").read_text()
     assert re.search(r"ct's consistency-map error is [^,;]+ \([\d.]+ against [\d.]+, "
-                     r"geometric means; 2 of 2 seeds: [^,;]+, [^,;]+; too few for an interval\)",
+                     r"geometric means; 2 seeds: [^,;]+, [^,;]+, too few for an interval\)",
                      text)
     assert "mass between modes, 1 NFE" in text
     assert (folder / "report" / "map_error-digits.png").is_file()
@@ -146,7 +149,7 @@ def test_a_primary_per_cell(tmp_path: Path) -> None:
                         primary={"a": fake.PRIMARY | {"nfe": 2}, "b": None})
     study = load.load(folder)
     table = tables.comparisons(study)
-    first, second = words.answers(study, table)
+    first, second = answer.answers(study, table)
     assert first.startswith("In a, ct's two-step FID is ")
     assert second == "In b, no primary comparison is declared: nothing is tested."
     assert set(table[table.cell == "b"].role) == {"descriptive"}
@@ -234,20 +237,22 @@ def test_the_answer_gives_means_and_the_way_to_more_seeds(built: Path) -> None:
                     & (rows["reference"] == "train")]
         means[name] = math.exp(sum(map(math.log, rows["value"])) / 3)
     assert f"({means['ct']:.3g} against {means['cd']:.3g}, geometric means; 95 % " in text
-    assert ("\n    python -m study.run sweeps/grid.yaml --set seeds='[0, 1, 2, 3, 4, 5]'\n"
-            in text)
+    assert ("The command that made this study, with --set seeds='[0, 1, 2, 3, 4, 5]', trains only "
+            "the new seeds." in text)
 
 
 def test_sentences_beside_the_answer(tmp_path: Path) -> None:
     twin = {"ct_again": fake.Made({"data_stream": 1})}
     folder = fake.write(tmp_path / "s", variants=fake.VARIANTS | twin)
     study = load.load(folder)
-    beside = words.beside(study, tables.comparisons(study))
+    beside = answer.beside(study, tables.comparisons(study))
     assert [s.split(" is ")[0] for s in beside] == [
-        "cd_exact's one-step FID", "ct's one-step FID", "ct_warm's one-step FID",
+        "cd_exact's one-step FID", "cd_warm's one-step FID", "ct's one-step FID",
+        "ct_warm's one-step FID", "ct_warm's one-step FID",
         "noise floor: ct_again and ct are the same training on other noise and order, so their "
         "difference (" + beside[-1].split("difference (")[1].split(" is ")[0]]
-    assert words.beside(study, tables.comparisons(study).assign(role="descriptive")) == []
+    assert answer.beside(study, tables.comparisons(study).assign(role="descriptive")) == []
+    assert not any("ct_warm's" in s and "than cd's" in s for s in beside)  # two factors apart
 
 
 def test_variants_in_plain_words(built: Path, tmp_path: Path) -> None:
@@ -274,3 +279,137 @@ def test_a_score_measured_in_another_run_is_labelled_with_all_who_use_it(tmp_pat
     found = probes._by_score(study, "digits", study.score_errors, ["ct", "self_pretrain", "again"])
     assert [(text, names) for text, names, _ in found] == [
         ("single sample (CT)", ["ct", "self_pretrain"]), ("teacher edm (CD)", ["again"])]
+
+
+# --- named comparisons, and mean and noise ---
+
+FLOOR = {"ct_again": fake.Made({"data_stream": 1})}
+BLEND = {"kind": "blend", "alpha": 0.0, "beta": 1.0, "run": "edm", "residual": "posterior"}
+SQUARE = {"cd": fake.Made(fake.TEACHER, 0.0, ["edm"]),
+          "noisy": fake.Made({"score": BLEND}, 0.3, ["edm"]),
+          "gaussian": fake.Made({"score": BLEND | {"residual": "gaussian"}}, 0.0, ["edm"]),
+          "exact": fake.Made({"score": {"kind": "empirical"}}, -0.5),
+          "ct": fake.Made(effect=-0.1)}
+
+
+def test_named_comparisons_stand_first_whatever_they_differ_in(tmp_path: Path) -> None:
+    folder = fake.write(tmp_path / "s", variants=fake.VARIANTS | FLOOR)
+    assert load.load(folder).compare == ()  # written before there was such a key
+    fake.edit(folder / "study.json", compare=[["self_pretrain", "ct_warm"], ["cd", "cd_exact"]])
+    study = load.load(folder)
+    table = tables.comparisons(study)
+    assert table.role.tolist()[:4] == ["primary", "named", "named", "secondary"]
+    assert table[table.role == "named"][["variant", "baseline"]].to_numpy().tolist() == [
+        ["self_pretrain", "ct_warm"], ["cd", "cd_exact"]]  # as named, not as oriented otherwise
+    assert (table.family.dropna() == table.p_holm.notna().sum()).all()
+    text = report.build(folder).with_suffix(".md").read_text().split("## Answer")[1]
+    bullets = [line for line in text.split("##")[0].splitlines() if line.startswith("- ")]
+    assert bullets[0].startswith("- self_pretrain's one-step FID is ")
+    assert "They differ in init, budget split (32k own + 32k charged)." in bullets[0]
+    assert bullets[1].startswith("- cd's one-step FID is ") and "differ in" not in bullets[1]
+    fake.edit(folder / "study.json", compare=[["ct", "none"]])
+    with pytest.raises(StudyError, match="compare: no variant 'none'"):
+        load.load(folder)
+
+
+def test_many_comparisons_stay_in_the_table(tmp_path: Path) -> None:
+    more = {f"k{k}": fake.Made({"repeat": k}) for k in (2, 3, 4, 5)}
+    folder = fake.write(tmp_path / "s", seeds=[0], variants=FEW | more | FLOOR)
+    fake.edit(folder / "study.json", compare=[["k4", "ct"]])
+    study = load.load(folder)
+    table = tables.comparisons(study)
+    assert answer.named(study, table)[0].startswith("k4's one-step FID is ")
+    floor, rest = answer.beside(study, table)
+    assert floor.startswith("noise floor: ct_again and ct")
+    assert rest == ("9 more comparisons that differ in one factor: see the table under "
+                    "Comparisons.")
+
+
+def test_contrasts_of_mean_and_noise_by_hand() -> None:
+    g = np.log([[2.0, 4.0, 1.0, 8.0], [1.0, 1.0, 1.0, 1.0]])  # teacher, noisy, exact, single
+    found = factorial.contrasts(g)
+    two = math.log(2)  # mean: (1 - 2 + 3 - 2) / 2, noise: (2 - 1 + 3 - 0) / 2, rest: 3 - 1
+    assert found["mean"].tolist() == pytest.approx([0.0, 0.0])
+    assert found["noise"].tolist() == pytest.approx([2 * two, 0.0])
+    assert found["interaction"].tolist() == pytest.approx([2 * two, 0.0])
+    assert (found["mean"] + found["noise"]).tolist() == pytest.approx(g[:, 3] - g[:, 0])
+
+
+def test_mean_and_noise_of_a_study(tmp_path: Path) -> None:
+    folder = fake.write(tmp_path / "s", variants=SQUARE, noise=0.0)
+    study = load.load(folder)
+    assert [c.names for c in factorial.corners(study, "digits")] == [
+        ("cd", "noisy", "exact", "ct")]
+    frame = factorial.effects(study)
+    assert frame.contrast.tolist() == ["mean", "noise", "interaction"]
+    assert frame.effect.tolist() == pytest.approx([-0.45, 0.35, 0.1])
+    assert frame.low.tolist() == pytest.approx([-0.45, 0.35, 0.1]) and set(frame.n) == {3}
+    text = report.build(folder).with_suffix(".md").read_text()
+    assert "the exact mean instead of the teacher's changes the one-step FID by −36" in text
+    assert text.split("## Mean and noise")[1].split("\n## ")[0].count("| digits |") == 3
+    fake.diverge(folder, "noisy", 1)  # a corner less: the block is left out
+    frame = factorial.effects(load.load(folder))
+    assert set(frame.n) == {2} and frame.low.isna().all()
+    other = SQUARE | {"exact": fake.Made({"score": {"kind": "empirical"}, "batch": 64})}
+    assert not factorial.corners(load.load(fake.write(tmp_path / "t", [0], variants=other)),
+                                 "digits")
+
+
+ROW = {"metric": "fid", "nfe": 1, "variant": "a", "baseline": "b", "n": 6, "planned": 6,
+       "diverged": 0, "diverged_variant": 0, "diverged_baseline": 0, "matched": "yes",
+       "mean_variant": 2.0, "mean_baseline": 1.0, "effect": 0.5, "percent": 64.9, "low": 0.2,
+       "high": 0.8, "p_holm": 0.1, "family": 15.0, "points": "0:+0.4 1:+0.6",
+       "verdict": "undecided"}
+
+
+@pytest.mark.parametrize(("changes", "end"), [
+    ({}, "6 seeds): undecided: Holm p = 0.100 over 15 comparisons."),
+    ({"diverged": 1, "diverged_variant": 1},
+     "undecided: the two did not diverge equally often. Diverged: 1 of a, 0 of b."),
+    ({"low": -0.1}, "the interval includes no difference (0); undecided."),
+    ({"verdict": "refuted", "low": -0.8, "high": -0.2},
+     "the claim that a is worse is refuted: a is better."),
+    ({"verdict": "refuted", "low": -0.8, "high": 0.01},
+     "the claim that a is worse is refuted: the upper bound lies below the margin."),
+    ({"verdict": "tie"}, "a tie: the 90 % interval lies within the margin."),
+    ({"n": 5, "verdict": "screening: no verdict"},
+     "5 seeds; 6 planned): screening, no verdict below 6 seeds."),
+    ({"n": 1, "points": "0:+0.5", "planned": 1, "verdict": "screening: no verdict"},
+     "than b's (2 against 1; 1 seed, too few for an interval): screening, no verdict below 6 "
+     "seeds."),
+    ({"points": "0:+0 1:-0", "effect": 0.0},
+     "a's one-step FID is b's in every seed (2; 6 seeds)."),
+    ({"percent": -0.03, "effect": -0.0003, "low": -0.2},
+     "(0); undecided.")])
+def test_sentences_give_their_reason(changes: dict, end: str) -> None:
+    text = answer.sentence(pd.Series(ROW | changes))
+    assert text.endswith(end)
+    assert "0.0\u00a0%" not in text
+
+
+def test_what_is_left_beside_a_fixed_point() -> None:
+    assert answer.sentence(pd.Series(ROW | {"matched": "no"}), fixed=True).endswith(
+        "what is left is the network's own error.")
+
+
+def test_numbers_in_words() -> None:
+    assert [words.signed(x) for x in (-0.0, 0.0, -0.25)] == ["0", "0", "\u22120.25"]
+    assert words.interval(-0.0001, 0.1, True) == "0 to +11\u00a0%"
+    assert words.value((31.4, 31.4, 31.4, 1), 1) == "31.4"
+    assert words.value((31.4, 31.4, 31.4, 1), 3) == "31.4\n(n 1)"
+    assert words.value((2.0, 1.0, 3.0, 3), 3) == "2\n(1 to 3)"
+    assert [words.seconds(x) for x in (0.648, 12.345, 12345.0)] == [
+        "0.648 s", "12.3 s", "12,300 s"]
+    assert words.several(1, "mismatch") == "1 mismatch"
+    assert words.several(2, "mismatch") == "2 mismatches"
+
+
+def test_uncommitted_changes_are_told_once_under_the_answer(tmp_path: Path) -> None:
+    folder = fake.write(tmp_path / "s", variants=FEW)
+    log = fake.folder_of(folder, "ct", 0) / "attempts.jsonl"
+    log.write_text(log.read_text().replace('"dirty": false', '"dirty": true'))
+    text = report.build(folder).with_suffix(".md").read_text()
+    sentence = "1 run was started from a checkout with uncommitted changes."
+    assert text.count(sentence) == 2
+    assert sentence in text.split("## Variants")[0] and "1 mismatch:" in text
+    assert sentence in text.split("## Ledger audit")[1].split("##")[0]
