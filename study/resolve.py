@@ -11,9 +11,9 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from study.checks import check_measure, check_primary, check_recipe
+from study.checks import check_folders, check_measure, check_primary, check_recipe
 from study.errors import StudyError, nearest
-from study.factors import Budget, Factors, Images
+from study.factors import Budget, Factors
 from study.identity import run_id
 from study.layers import Layered, mapping, read_file, read_yaml
 from study.meaning import references, simplest
@@ -105,14 +105,7 @@ class Resolver:
         for recipe in recipes:
             sources = {r.name: r for r in recipes if r.cell == recipe.cell and r.role == "teacher"}
             check_recipe(recipe, self._where(recipe), sources, self.variants)
-        roots: dict[str, str] = {}
-        for recipe in recipes:
-            data = recipe.factors.data
-            if isinstance(data, Images) and roots.setdefault(data.name, data.root) != data.root:
-                raise StudyError(
-                    f"{self._where(recipe)}: data.root: {data.root!r} and {roots[data.name]!r} "
-                    f"are both called {data.name!r}; give each a data.name of its own"
-                )
+        check_folders(recipes, self._where)
         ordered = {cell: tuple(self._order(cell, table)) for cell in self.cells}
         runs, asked = [], set()
         for chain in ordered.values():  # block after block: a study cut short has whole ones
