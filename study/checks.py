@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from study.budget import snapshot_images
 from study.errors import StudyError, nearest
 from study.factors import (
+    MOST_TERMS,
     Analytic,
     Blend,
     Consistency,
@@ -40,7 +41,6 @@ from study.spec import Primary, Recipe
 
 HELD_OUT = {"digits": 400, "fashion_mnist": 10_000}  # the smaller part of each image data set
 SIDE = {"digits": 8, "fashion_mnist": 28}
-MOST_TERMS = 1000  # components of a mean of draws that the oracle can keep
 TRAIN = {"digits": 997, "fashion_mnist": 50_000}
 NEEDS = {
     "fid": "images",

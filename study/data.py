@@ -48,6 +48,15 @@ class Dataset:
         """New draws of the population (count, ...). Needs a known density."""
         return self.density.sample(count, generator)
 
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """x (count, ...) as training meets it, as floats: training data drawn with replacement, or
+        fresh draws of endless data."""
+        if self.train is None:
+            return self.fresh(count, generator)
+        device = self.train.device
+        rows = torch.randint(len(self.train), (count,), generator=generator, device=device)
+        return to_float(self.train[rows])
+
     def to(self, device: torch.device) -> Dataset:
         """The same data on another device."""
         return Dataset(

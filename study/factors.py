@@ -127,6 +127,9 @@ class Continuous(Kind, frozen=True, tag="continuous"):
     c: Positive = 0.1
 
 
+MOST_TERMS = 1000  # components of the law of a mean of posterior draws that a fixed point can keep
+
+
 class FixedPoint(Kind, frozen=True, tag="fixed_point"):
     """The oracle, on a one-dimensional mixture: what the loss would converge to, computed and not
     trained. CT by dynamic programming over the grid, CD by composing its solver's steps."""

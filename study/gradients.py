@@ -46,7 +46,7 @@ from torch import Tensor
 
 from study import factors, meaning, replicates, schedules
 from study.consistency import along, consistency
-from study.data import Batch, Dataset, to_float
+from study.data import Batch, Dataset
 from study.factors import Score
 from study.losses import Problem
 from study.scores import Point, estimate
@@ -240,10 +240,7 @@ def _batches(dataset: Dataset, m: int, rows: int, generator: torch.Generator) ->
     """m independent batches: training images drawn with replacement, or endless data."""
     kwargs = {"generator": generator, "device": generator.device}
     for _ in range(m):
-        if dataset.train is None:
-            x = dataset.fresh(rows, generator)
-        else:
-            x = to_float(dataset.train[torch.randint(len(dataset.train), (rows,), **kwargs)])
+        x = dataset.draw(rows, generator)
         z, u = torch.randn(x.shape, **kwargs), torch.rand(rows, dtype=torch.float64, **kwargs)
         yield Batch(x, z, u, _key(generator), _key(generator))
 

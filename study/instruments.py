@@ -8,13 +8,13 @@ from typing import Any
 
 import msgspec
 import torch
-from torch import nn
 
-from study import gradients, networks, schedules, seeds
+from study import gradients, schedules, seeds
 from study.data import Dataset
 from study.factors import Score
 from study.losses import Problem
-from study.models import Lookup, has_head, law_of, level_range, make_problem
+from study.models import Lookup, level_range, make_problem, network
+from study.posterior import law_of
 from study.probes import geometric
 from study.scores import Denoiser
 from study.settings import named_sources
@@ -34,15 +34,7 @@ def problem_at(
     """The run's loss at the raw weights of a snapshot, and Adam's second moment there. needed:
     denoisers by source id, beside those that the run's own score reads."""
     factors, state = run.recipe.factors, snapshot_at(lookup(run.id), at)
-    net: nn.Module = networks.build(
-        factors.network,
-        dataset.shape,
-        factors.dropout,
-        0,
-        "",
-        factors.precision,
-        has_head(factors),
-    )
+    net = network(factors, dataset)
     net.load_state_dict(state["raw"])
     problem = make_problem(run, sources, lookup, dataset, device, net.to(device))
     for name, follower in (("target", problem.average), ("own", problem.own)):

@@ -23,8 +23,8 @@ from study.consistency import (
     weight,
 )
 from study.data import Batch
-from study.factors import Continuous, DenoisingHead, Edm, Factors, Frozen, Sigma
-from study.factors import Denoising as DenoisingObjective
+from study.factors import Continuous, Denoising, Edm, Factors, Frozen, Sigma
+from study.meaning import has_head, stepped
 from study.scores import Knowledge, Point, estimate
 
 REPEATS = 2002  # the noise stream of further draws of x given x_t
@@ -51,8 +51,7 @@ class Problem:
     def levels(self, batch: Batch, N: Tensor | float) -> tuple[Tensor, Tensor]:
         """(r, t) (B,) of a batch; where nothing is stepped r = t."""
         f = self.factors
-        unstepped = isinstance(f.objective, DenoisingObjective | Continuous)
-        if unstepped or isinstance(f.target, Frozen):
+        if not stepped(f):
             t = schedules.level(f.law, batch.u, self.sigma).float()
             return t, t
         return schedules.pair(f.discretization, f.law, batch.u, N, self.sigma)
@@ -68,14 +67,12 @@ class Problem:
         """The loss of each row (B,) between levels r and t (B,) of the caller's choice."""
         f, sigma, x, mask = self.factors, self.sigma, batch.x, batch.mask
         x_t = x + along(t, x) * batch.z
-        denoising = isinstance(f.objective, DenoisingObjective)  # a source's, which has no head
-        head = isinstance(f.auxiliary, DenoisingHead) and not denoising
-        plain = isinstance(f.objective, DenoisingObjective | Continuous)
-        if not plain and not isinstance(f.target, Frozen):  # before the student's graph is held
+        head = has_head(f)
+        if stepped(f):  # before the student's graph is held
             targets = self.targets(batch, x_t, r, t, progress)
         inputs = scaled(x_t, t, sigma), t.log() / 4, mask
         F, head_F = self.net(*inputs, True) if head else (self.net(*inputs), None)
-        if isinstance(f.objective, DenoisingObjective):
+        if isinstance(f.objective, Denoising):
             # EDM's weighting makes the loss of F uniform over t
             error = denoised(F, x_t, t, sigma) - x
             return weight(Edm(), t, r, sigma) * error.square().flatten(1).sum(1)

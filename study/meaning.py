@@ -8,9 +8,11 @@ from msgspec.structs import replace
 from study.factors import (
     Analytic,
     Blend,
+    Consistency,
     Continuous,
     Data,
     Denoising,
+    DenoisingHead,
     Ema,
     Empirical,
     Euler,
@@ -57,6 +59,17 @@ def reads_law(factors: Factors) -> bool:
                 return False
 
     return factors.repeat > 1 or reads(factors.score)
+
+
+def has_head(factors: Factors) -> bool:
+    """Whether the network has a second, denoising head."""
+    head = isinstance(factors.auxiliary, DenoisingHead)
+    return head and "auxiliary" not in ignored(factors)
+
+
+def stepped(factors: Factors) -> bool:
+    """Whether the loss takes a solver's step from t to r."""
+    return isinstance(factors.objective, Consistency) and not isinstance(factors.target, Frozen)
 
 
 def endless(data: Data) -> bool:

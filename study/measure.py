@@ -117,10 +117,11 @@ def values(snapshot: Snapshot, record: Mapping[str, Any]) -> dict[str, Any]:
     if kind == "coverage":
         name, n = record["extractor"].partition(":")[0], record["samples"]
         real = reference_features(dataset, n, name)["train"]
-        seen = evaluate.classes(evaluate.references(dataset, n)["train"], name)
         return {
             **evaluate.coverage(snapshot.features(name, *made(0)), real, record["neighbours"]),
-            **evaluate.class_histogram(snapshot.classes(name, *made(0)), seen),
+            **evaluate.class_histogram(
+                snapshot.classes(name, *made(0)), reference_classes(dataset, n, name)
+            ),
         }
     if kind == "memorisation":
         return evaluate.memorisation(snapshot.samples(*made(0)), dataset.train, dataset.held_out)
@@ -145,6 +146,12 @@ def reference_features(dataset: Dataset, n: int, name: str) -> dict[str, Tensor]
         part: evaluate.features(to_uint8(x.to(dataset.held_out.device)), name)
         for part, x in evaluate.references(dataset, n).items()
     }
+
+
+@cache
+def reference_classes(dataset: Dataset, n: int, name: str) -> Tensor:
+    """Class logits of n training images."""
+    return evaluate.classes(evaluate.references(dataset, n)["train"], name)
 
 
 def measure(

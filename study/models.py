@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import lru_cache
 from typing import assert_never
 
 import msgspec
 import torch
 from torch import Tensor, nn
 
-from study import data, networks, oracle, schedules
+from study import networks, oracle, schedules
 from study.capture import compiled, in_rows
 from study.consistency import Function, consistency, denoised, denoiser, scaled
 from study.data import Dataset
@@ -24,7 +21,6 @@ from study.factors import (
     Analytic,
     Consistency,
     Continuous,
-    DenoisingHead,
     Ema,
     Factors,
     FixedPoint,
@@ -36,9 +32,9 @@ from study.factors import (
     Sigma,
 )
 from study.losses import Problem
-from study.meaning import ignored, reads_law, references
-from study.mixtures import Density
-from study.posterior import Posterior
+from study.meaning import has_head, ignored, reads_law, references
+from study.networks import Network
+from study.posterior import law_of
 from study.scores import Denoiser, Knowledge
 from study.spec import Run
 from study.store import Folder
@@ -74,10 +70,10 @@ def level_range(factors: Factors, dataset: Dataset) -> Sigma:
     return sigma if sigma.data else msgspec.structs.replace(sigma, data=dataset.std)
 
 
-def has_head(factors: Factors) -> bool:
-    """Whether the network has a second, denoising head."""
-    head = isinstance(factors.auxiliary, DenoisingHead)
-    return head and "auxiliary" not in ignored(factors)
+def network(factors: Factors, dataset: Dataset, seed: int = 0, role: str = "") -> Network:
+    """The run's network on the CPU, its weights those addressed by (seed, role)."""
+    shape, drop, head = dataset.shape, factors.dropout, has_head(factors)
+    return networks.build(factors.network, shape, drop, seed, role, factors.precision, head)
 
 
 def fixed_point(factors: Factors, dataset: Dataset) -> Function:
@@ -106,40 +102,13 @@ def finished(
     point is known as a function at t = sigma_max."""
     if isinstance(factors.objective, FixedPoint):
         return fixed_point(factors, dataset)
-    head = has_head(factors)
-    net = networks.build(factors.network, dataset.shape, 0.0, 0, "", factors.precision, head)
+    net = network(factors, dataset)
     net.load_state_dict(weights_at(folder, at, ema or factors.weights_ema[0]))
     net = compiled(net.eval().requires_grad_(False), device)
     models = isinstance(factors.objective, Consistency | Continuous)
     function = consistency if models else denoiser
     sigma = level_range(factors, dataset)
     return in_rows(lambda x_t, t: function(net, x_t, t, sigma), rows, device)
-
-
-@lru_cache(maxsize=2)
-def law_of(dataset: Dataset) -> Posterior | Density:
-    """What training draws x from, with its posterior: the training set, or endless data.
-
-    Raises StudyError where the posterior over the training set has no room on its device.
-    """
-    if dataset.train is None:
-        return dataset.density
-    n, d = len(dataset.train), math.prod(dataset.shape)
-    needed, free = Posterior.bytes(n, d), memory_left(dataset.train.device)
-    if needed > free:
-        raise StudyError(
-            f"the exact posterior over {n:,} images of {d:,} numbers needs {needed / 2**30:.1f} "
-            f"GiB, and {free / 2**30:.1f} are left; train on fewer images or smaller ones, on a "
-            "device with more memory or with fewer workers"
-        )
-    return Posterior(data.to_float(dataset.train))
-
-
-def memory_left(device: torch.device) -> int:
-    """Bytes that can still be taken on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def teachers(
@@ -178,15 +147,7 @@ def knowledge(
 def initial(run: Run, sources: Mapping[str, Run], lookup: Lookup, dataset: Dataset) -> nn.Module:
     """The student at its first step, on the CPU."""
     factors = run.recipe.factors
-    net = networks.build(
-        factors.network,
-        dataset.shape,
-        factors.dropout,
-        run.seed,
-        run.recipe.role,
-        factors.precision,
-        has_head(factors),
-    )
+    net = network(factors, dataset, run.seed, run.recipe.role)
     if isinstance(factors.init, FromRun):
         source = run.refs["init"]
         first = sources[source].recipe.factors.weights_ema[0]

@@ -46,7 +46,7 @@ from scipy.special import gammaln, log_softmax, ndtr
 from torch import Tensor
 
 from study.consistency import solver_step
-from study.factors import L1, L2, Distance, L2Norm, PseudoHuber, Sigma, Solver
+from study.factors import L1, L2, MOST_TERMS, Distance, L2Norm, PseudoHuber, Sigma, Solver
 from study.mixtures import GaussianMixture
 from study.schedules import karras
 
@@ -60,7 +60,6 @@ NARROWEST = 1e-9  # where f_t jumps: the last split, in the unit of SPACING
 POINTS = 16  # Gauss-Hermite points within a component at K = 1
 CELLS = 48  # cells on +-6 standard deviations, in place of these under pseudo-Huber
 BISECTIONS = 40  # brings a bracket below 1e-12 of its width
-MOST_TERMS = 1000  # components of the law of D^
 
 
 @dataclass(frozen=True)

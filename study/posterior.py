@@ -18,14 +18,18 @@ all logits come from plain differences.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from study import noise
-from study.mixtures import BETWEEN, Level, column
+from study.data import Dataset, to_float
+from study.errors import StudyError
+from study.mixtures import BETWEEN, Density, Level, column
 
 CHUNK = 1 << 24  # weights of one block
 FEW = 32  # dimensions
@@ -160,3 +164,29 @@ class Posterior:
         shares.scatter_(1, top, -shares.sum(1, keepdim=True))
         with torch.autocast(shares.device.type, enabled=False):
             return shares @ self.centred
+
+
+@lru_cache(maxsize=2)
+def law_of(dataset: Dataset) -> Posterior | Density:
+    """What training draws x from, with its posterior: the training set, or endless data.
+
+    Raises StudyError where the posterior over the training set has no room on its device.
+    """
+    if dataset.train is None:
+        return dataset.density
+    n, d = len(dataset.train), math.prod(dataset.shape)
+    needed, free = Posterior.bytes(n, d), memory_left(dataset.train.device)
+    if needed > free:
+        raise StudyError(
+            f"the exact posterior over {n:,} images of {d:,} numbers needs {needed / 2**30:.1f} "
+            f"GiB, and {free / 2**30:.1f} are left; train on fewer images or smaller ones, on a "
+            "device with more memory or with fewer workers"
+        )
+    return Posterior(to_float(dataset.train))
+
+
+def memory_left(device: torch.device) -> int:
+    """Bytes that can still be taken on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -25,7 +25,7 @@ from study import noise, seeds
 from study.consistency import along
 from study.data import Dataset, to_float
 from study.factors import Score, Sigma
-from study.posterior import Posterior
+from study.posterior import law_of
 from study.scores import Knowledge, Point, estimate
 
 BATCHES = 2004  # the noise stream of keys, one for each batch
@@ -66,7 +66,7 @@ def score_error(
     """
     device = dataset.held_out.device
     finite, density = dataset.train is not None, dataset.density
-    law = known.law or (Posterior(to_float(dataset.train)) if finite else density)
+    law = law_of(dataset)
     held_out = to_float(dataset.held_out[:samples])
     result: dict[str, Any] = {"sigma": geometric(sigma.min, sigma.max, sigmas)}
     names = ("variance", "bias2", "distance2", "held_out_loss")
@@ -88,13 +88,7 @@ def score_error(
 
     for i, level in enumerate(result["sigma"]):
         generator = torch.Generator(device).manual_seed(seeds.number(0, "score_error", i))
-        if finite:
-            rows = torch.randint(
-                len(dataset.train), (samples,), generator=generator, device=device
-            )
-            x = to_float(dataset.train[rows])
-        else:
-            x = dataset.fresh(samples, generator)
+        x = dataset.draw(samples, generator)
         keys = torch.randint(2**31, (8,), generator=generator, device=device)
         t = torch.full((samples,), level, device=device)
         x_t = x + along(t, x) * torch.randn(x.shape, generator=generator, device=device)
@@ -137,7 +131,7 @@ def t_star(dataset: Dataset, sigma: Sigma, samples: int = 256) -> float | None:
     """
     if dataset.train is None:
         return None
-    device, posterior = dataset.train.device, Posterior(to_float(dataset.train))
+    device, posterior = dataset.train.device, law_of(dataset)
     generator = torch.Generator(device).manual_seed(seeds.number(0, "t_star"))
     rows = torch.randint(len(dataset.train), (samples,), generator=generator, device=device)
     x = to_float(dataset.train[rows])

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from study import schedules, seeds
-from study.data import Dataset, to_float
+from study.data import Dataset
 from study.evaluate import CHUNK, Function, filled, noise
 from study.factors import Sigma
 from study.mixtures import RHO
@@ -93,12 +93,7 @@ def lines(dataset: Dataset, levels: Sequence[float], samples: int, seed: int) ->
     device = dataset.held_out.device
     z = noise((samples, *dataset.shape), device, seed, "trajectories")
     generator = torch.Generator(device).manual_seed(seeds.number(seed, "trajectories", "x"))
-    if dataset.train is None:
-        x = dataset.fresh(samples, generator)
-    else:
-        n = len(dataset.train)
-        rows = torch.randint(n, (samples,), generator=generator, device=device)
-        x = to_float(dataset.train[rows])
+    x = dataset.draw(samples, generator)
     return torch.stack([x + t * z for t in levels])
 
 

@@ -36,7 +36,7 @@ from study.factors import (
     Windowed,
 )
 from study.losses import Problem
-from study.models import has_head
+from study.meaning import has_head
 from study.posterior import Posterior
 from study.scores import Knowledge
 

@@ -40,8 +40,8 @@ from study.factors import (
 )
 from study.gradients import gradient_cosine, gradient_noise, gradient_slopes
 from study.losses import Problem
-from study.models import law_of
 from study.networks import dropout
+from study.posterior import law_of
 from study.schedules import karras
 from study.scores import Knowledge
 

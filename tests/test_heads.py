@@ -34,7 +34,8 @@ from study.factors import (
     Unet,
 )
 from study.losses import Problem
-from study.models import has_head, initial
+from study.meaning import has_head
+from study.models import initial
 from study.scores import Knowledge
 from study.spec import Run
 from study.store import Store, read_lines

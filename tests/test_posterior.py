@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from study import data, factors, models, networks, posterior
+from study import data, factors, networks, posterior
 from study.data import Batch
 from study.errors import StudyError
 from study.losses import Problem
@@ -228,11 +228,11 @@ def test_random_numbers_depend_on_the_key_alone() -> None:
 
 def test_a_posterior_larger_than_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = data.load(factors.Digits())
-    monkeypatch.setattr(models, "memory_left", lambda _: Posterior.bytes(997, 64))
-    models.law_of.__wrapped__(dataset)
-    monkeypatch.setattr(models, "memory_left", lambda _: Posterior.bytes(997, 64) - 1)
+    monkeypatch.setattr(posterior, "memory_left", lambda _: Posterior.bytes(997, 64))
+    posterior.law_of.__wrapped__(dataset)
+    monkeypatch.setattr(posterior, "memory_left", lambda _: Posterior.bytes(997, 64) - 1)
     with pytest.raises(StudyError, match="exact posterior over 997 images of 64 numbers needs"):
-        models.law_of.__wrapped__(dataset)
+        posterior.law_of.__wrapped__(dataset)
 
 
 def test_where_it_is_a_point_a_step_along_the_exact_score_is_cts() -> None:
