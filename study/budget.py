@@ -73,4 +73,6 @@ def passes(factors: Factors) -> int:
 
 def snapshot_images(images: int, batch: int, points: Iterable[float]) -> dict[int, float]:
     """Image counts at which a snapshot is due, in whole batches, and the share each stands for."""
+    if not images:
+        return {0: 1.0}
     return {max(1, round(at * images / batch)) * batch: at for at in sorted(points)}

@@ -30,6 +30,7 @@ from study.factors import (
     Own,
     PosteriorK,
     Progressive,
+    Random,
     Score,
     SingleSample,
     Unet,
@@ -85,10 +86,12 @@ def check_recipe(
             f"{where}.objective: denoising is for sources; variants are consistency models, "
             "compared at one and two steps"
         )
+    if factors.budget.images == 0 and isinstance(factors.init, Random):
+        raise StudyError(f"{where}.budget: no images, and random weights; give it an init")
     for factor, name in references(factors).items():
         check_reference(factors, f"{where}.{factor}.run", factor, name, sources, variants)
     asked = list(settings_of(recipe.measure, factors, recipe.role))
-    points = snapshot_points(recipe.measure, asked, recipe.role)
+    points = snapshot_points(recipe.measure, asked, factors, recipe.role)
     images = factors.budget.images
     snapshots = snapshot_images(images, factors.batch, points)
     if len(snapshots) < len(points) or len({f"{at:.3f}" for at in points}) < len(points):

@@ -360,9 +360,10 @@ class RAdam(Kind, frozen=True, tag="radam"):
 
 
 class Budget(Value, frozen=True):
-    """Training images: a number, or a share of the study's base budget."""
+    """Training images: a number, or a share of the study's base budget. None (0) leaves the
+    weights as `init` has them: a run that is measured, or read by others, as it came."""
 
-    images: Count | None = None
+    images: Annotated[int, Meta(ge=0)] | None = None
     share: Share | None = None
 
 

@@ -132,8 +132,15 @@ TRAINED = ("network", "budget", "init", "target", "law", "weighting", "auxiliary
            "optimizer", "batch", "weights_ema", "precision", "data_stream", "repeat")  # fmt: skip
 
 
+UNTRAINED = ("data", "network", "budget", "objective", "init", "weights_ema", "precision",
+             "sigma")  # fmt: skip
+
+
 def ignored(factors: Factors) -> tuple[str, ...]:
-    """The factors that this run's objective or target never reads; they don't enter its id."""
+    """The factors that this run's budget, objective or target never reads; they don't enter its
+    id."""
+    if factors.budget.images == 0:  # it is its initial weights
+        return tuple(f for f in factors.__struct_fields__ if f not in UNTRAINED)
     match factors.objective:
         case Denoising():
             return (*LOSS, "auxiliary")

@@ -280,7 +280,7 @@ def settings_of(measure: Measure, factors: Factors, role: str) -> Iterator[Setti
             shared = {f: getattr(measure.fid, f) for f in plain if hasattr(measure.fid, f)}
             plain = {f: shared.get(f) if v is None else v for f, v in plain.items()}
         points = plain.pop("at") or measure.at
-        points = (1.0,) if isinstance(factors.objective, FixedPoint) else points
+        points = points if along(factors, role) else (1.0,)
         asked = plain.pop("ema", None)  # of variants; of a source, the weights that others read
         lengths = asked if asked and role == "student" else factors.weights_ema[:1]
         lengths = ("raw",) if kind in PROBES else lengths
@@ -291,7 +291,7 @@ def settings_of(measure: Measure, factors: Factors, role: str) -> Iterator[Setti
             plain["extractor"] = extractor_identity(plain["extractor"])
         against = ("train", "held_out") if kind in ("fid", "kid") else (None,)
         consults = tuple(dict.fromkeys(named_sources(ask)))
-        for at in points if role == "student" else (1.0,):
+        for at in points:
             for ema, nfe, reference in product(lengths, steps, against):
                 record = {"kind": kind, "ema": ema, **plain}
                 if nfe is not None:
@@ -303,22 +303,32 @@ def settings_of(measure: Measure, factors: Factors, role: str) -> Iterator[Setti
 
 def applies(kind: str, factors: Factors, role: str) -> bool:
     """Whether a measurement makes sense of such a run. An oracle has its map and nothing else; a
-    source is measured by its samples alone."""
-    student = role == "student"
-    match factors.objective:
-        case FixedPoint():
-            return kind == "pushforward"
-        case Denoising():
-            return kind not in ("map_error", "pushforward", "trajectories", *PROBES)
-        case Continuous():
-            return student and kind != "gradient_slopes"
-    stepped = not isinstance(factors.target, Frozen)
-    return kind not in (*PROBES, "trajectories") or (student and (stepped or kind not in PROBES))
+    source is measured by its samples alone; the gradient is probed where there is training."""
+    objective, probe = factors.objective, kind in PROBES
+    if isinstance(objective, FixedPoint):
+        return kind == "pushforward"
+    if isinstance(objective, Denoising):
+        return not probe and kind not in ("map_error", "pushforward", "trajectories")
+    if kind == "trajectories":
+        return role == "student"
+    if not probe:
+        return True
+    steps = kind != "gradient_slopes" or isinstance(objective, Consistency)
+    trained = factors.budget.images != 0 and not isinstance(factors.target, Frozen)
+    return role == "student" and trained and steps
 
 
-def snapshot_points(measure: Measure, asked: Iterable[Settings], role: str) -> set[float]:
-    """Shares of the budget at which a run keeps a snapshot: sources only at their end."""
-    return {*(measure.at if role == "student" else ()), *(s.at for s in asked), 1.0}
+def along(factors: Factors, role: str) -> bool:
+    """Whether a run is measured along training: sources, and what is not trained, at their end."""
+    trained = factors.budget.images != 0 and not isinstance(factors.objective, FixedPoint)
+    return role == "student" and trained
+
+
+def snapshot_points(
+    measure: Measure, asked: Iterable[Settings], factors: Factors, role: str
+) -> set[float]:
+    """Shares of the budget at which a run keeps a snapshot."""
+    return {*(measure.at if along(factors, role) else ()), *(s.at for s in asked), 1.0}
 
 
 def score_settings(measure: Measure, factors: Factors, ids: Mapping[str, str]) -> Settings | None:

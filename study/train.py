@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from study import schedules
@@ -61,23 +63,45 @@ def stream_digest(draws: Draws) -> str:
     return digest({"x": first.x, "z": first.z, "u": first.u})
 
 
-def computed(folder: Folder, run: Run, dataset: Dataset) -> bool:
-    """A fixed point is not trained: its map is computed where it is measured, at no expense."""
+def untrained(
+    folder: Folder, facts: Mapping[str, Any], net: nn.Module | None, lengths: Sequence[float]
+) -> bool:
+    """A run without training, at no expense: weights as they came, each average the same; or a
+    fixed point, which has no weights and is computed where it is measured."""
+    name = snapshot_name(1.0) if net else None
+    if net:
+        weights = dict(net.state_dict())
+        emas = {str(length): weights for length in lengths}
+        save_tensors(folder.file(name), {"raw": weights, "ema": emas})
+        facts = facts | {"parameters": sum(w.numel() for w in weights.values()),
+                         "init_digest": digest(weights)}  # fmt: skip
+    finish(folder, facts, "trained", None, Spend(), [{"at": 1.0, "images": 0, "file": name}])
+    return True
+
+
+def finish(
+    folder: Folder,
+    facts: Mapping[str, Any],
+    outcome: str,
+    reason: str | None,
+    spend: Spend,
+    snapshots: list[dict[str, Any]],
+) -> None:
+    """Writes trained.json: nothing of the training changes afterwards."""
+    files = [s["file"] for s in snapshots if s["file"]]
+    if folder.file("steps.jsonl").exists():
+        files.append("steps.jsonl")
     write_json(
         folder.file("trained.json"),
         {
-            "id": run.id,
-            "sigma_data": dataset.std,
-            "data_digest": dataset.digest,
-            "inputs": {},
-            "outcome": "trained",
-            "reason": None,
-            "spend": msgspec.to_builtins(Spend()),
-            "snapshots": [{"at": 1.0, "images": 0, "file": None}],
-            "sha256": {},
+            **facts,
+            "outcome": outcome,
+            "reason": reason,
+            "spend": msgspec.to_builtins(spend),
+            "snapshots": snapshots,
+            "sha256": {name: sha256(folder.file(name)) for name in files},
         },
     )
-    return True
 
 
 def train(
@@ -96,17 +120,22 @@ def train(
     run reads of others, the same for as long as it trains.
     """
     factors, folder = run.recipe.factors, lookup(run.id)
-    if isinstance(factors.objective, FixedPoint):
-        return computed(folder, run, dataset)
-    budget, batch = factors.budget.images, factors.batch
-    net = compiled(initial(run, sources, lookup, dataset), device)
-    facts = {
+    facts: dict[str, Any] = {
         "id": run.id,
-        "parameters": sum(p.numel() for p in net.parameters()),
         "sigma_data": level_range(factors, dataset).data,
         "data_digest": dataset.digest,
-        "init_digest": digest(dict(net.named_parameters())),
         "inputs": dict(inputs),
+    }
+    if isinstance(factors.objective, FixedPoint):
+        return untrained(folder, facts, None, ())
+    net = initial(run, sources, lookup, dataset)
+    if not factors.budget.images:
+        return untrained(folder, facts, net, factors.weights_ema)
+    budget, batch = factors.budget.images, factors.batch
+    net = compiled(net, device)
+    facts |= {
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "init_digest": digest(dict(net.named_parameters())),
     }
     problem = make_problem(run, sources, lookup, dataset, device, net)
     followers = {
@@ -171,21 +200,9 @@ def train(
     def ended(outcome: str, reason: str | None) -> None:
         # a point asked for after training had passed it has no snapshot, and gets none
         made = [s for s in snapshots if folder.file(s["file"]).exists()]
-        write_json(
-            folder.file("trained.json"),
-            facts
-            | {
-                "outcome": outcome,
-                "reason": reason,
-                "spend": msgspec.to_builtins(spend),
-                "snapshots": made,
-                "sha256": {
-                    f: sha256(folder.file(f)) for f in (*(s["file"] for s in made), "steps.jsonl")
-                },
-            },
-        )
+        finish(folder, facts, outcome, reason, spend, made)
 
-    points = snapshot_points(run.recipe.measure, run.measures, run.recipe.role)
+    points = snapshot_points(run.recipe.measure, run.measures, factors, run.recipe.role)
     due = snapshot_images(factors.budget.images, batch, points)
     snapshots = [
         {"at": at, "images": images, "file": snapshot_name(at)} for images, at in due.items()

@@ -4,8 +4,28 @@ from __future__ import annotations
 
 import pytest
 
-from study.factors import Budget, Consistency, Denoising, Factors, FashionMnist, Mixture, Mlp
-from study.settings import Fid, Kid, MapError, Measure, SlicedWasserstein, settings_of
+from study.factors import (
+    Budget,
+    Consistency,
+    Continuous,
+    Denoising,
+    Digits,
+    Factors,
+    FashionMnist,
+    Mixture,
+    Mlp,
+    Unet,
+)
+from study.settings import (
+    Fid,
+    GradientNoise,
+    Kid,
+    MapError,
+    Measure,
+    SlicedWasserstein,
+    Trajectories,
+    settings_of,
+)
 
 IMAGES = Measure(
     fid=Fid(extractor="digits-cnn", samples=100, ema=(0.1, 0.05)), kid=Kid(at=(1.0,))
@@ -54,3 +74,15 @@ def test_a_source_is_measured_once_at_its_end() -> None:
     asked = list(settings_of(IMAGES, factors, "teacher"))
     kinds = sorted((s.at, s.record["kind"], s.record["reference"]) for s in asked)
     assert kinds == [(1.0, kind, of) for kind in ("fid", "kid") for of in ("held_out", "train")]
+
+
+def test_a_continuous_source_is_measured_by_its_samples() -> None:
+    factors = Factors(
+        data=Digits(), network=Unet(), budget=Budget(images=128), objective=Continuous()
+    )
+    ask = Fid(extractor="digits-cnn", samples=64)
+    measure = Measure(fid=ask, gradient_noise=GradientNoise(), trajectories=Trajectories())
+    kinds = {s.record["kind"] for s in settings_of(measure, factors, "teacher")}
+    assert kinds == {"fid"}
+    kinds = {s.record["kind"] for s in settings_of(measure, factors, "student")}
+    assert kinds == {"fid", "gradient_noise", "trajectories"}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from study import worker
 from study.data import load
+from study.errors import StudyError
 from study.factors import Adam, RAdam
 from study.instruments import problem_at
 from study.models import initial, make_optimizer
@@ -194,3 +195,49 @@ def test_a_probe_reads_the_target_that_trained_beside_the_weights(tmp_path: Path
         assert all(torch.equal(state[kept][k], w) for k, w in net.state_dict().items())
     assert not torch.equal(state["raw"]["out.weight"], state["target"]["out.weight"])
     assert moment.keys() == dict(problem.net.named_parameters()).keys()
+
+
+# --- runs of no images ---
+
+
+def test_a_run_of_no_images_is_its_initial_weights(tmp_path: Path) -> None:
+    """A copy of a source is its first average in every set of weights, and costs nothing."""
+    text = replaced(
+        "  ct: {score", "  copy: {init: {run: edm}, budget: {images: 0}, batch: 32}\n  ct: {score"
+    )
+    study = read(tmp_path, text)
+    store = Store(tmp_path / "results", study)
+    edm, copy = (
+        next(r for r in study.runs if (r.recipe.name, r.seed) == (name, 0))
+        for name in ("edm", "copy")
+    )
+    for run in (edm, copy):
+        assert worker.work(run, study.unique, store.folders, "cpu") == worker.DONE
+    trained = store.folders[copy.id].trained
+    assert not any(trained["spend"].values()) and [s["at"] for s in trained["snapshots"]] == [1.0]
+    first = str(copy.recipe.factors.weights_ema[0])
+    source, own = (
+        load_tensors(store.folders[r.id].file(snapshot_name(1.0))) for r in (edm, copy)
+    )
+    assert all(same(own["ema"][length], source["ema"][first]) for length in own["ema"])
+    assert same(own["raw"], source["ema"][first]) and not same(own["raw"], source["raw"])
+    assert {m.at for m in copy.measures} == {1.0}
+
+
+def test_what_an_untrained_run_never_reads_is_not_in_its_id(tmp_path: Path) -> None:
+    copies = """\
+  a: {init: {run: edm}, budget: {images: 0}}
+  b: {init: {run: edm}, budget: {images: 0}, batch: 32, distance: l2, score: empirical}
+  c: {init: {run: edm}, budget: {images: 0}, sigma.max: 40.0}
+  ct: {score"""
+    study = read(tmp_path, replaced("  ct: {score", copies).replace("{objective: denoising}", (
+        "{objective: denoising}\n  low: {from: edm, sigma.max: 40.0}")).replace(
+        "c: {init: {run: edm}", "c: {init: {run: low}"))  # fmt: skip
+    ids = {r.recipe.name: r.id for r in study.runs if r.seed == 0}
+    assert ids["a"] == ids["b"] != ids["c"]
+
+
+def test_no_images_and_random_weights_are_refused(tmp_path: Path) -> None:
+    text = replaced("  ct: {score", "  none: {budget: {images: 0}}\n  ct: {score")
+    with pytest.raises(StudyError, match=r"variants\.none\.budget: no images, and random"):
+        read(tmp_path, text)
