@@ -18,7 +18,8 @@ from study.instruments import problem_at
 from study.models import initial, make_optimizer
 from study.spec import Run
 from study.store import Store, read_lines
-from study.train import second_moment, set_up, train
+from study.student import second_moment
+from study.train import set_up, train
 from study.weights import load_tensors, snapshot_name
 
 CPU = torch.device("cpu")
