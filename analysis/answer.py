@@ -148,3 +148,28 @@ def _floor(row: pd.Series) -> str:
 
 def _rows(table: pd.DataFrame, role: str) -> list[pd.Series]:
     return [row for _, row in table[table.role == role].iterrows()]
+
+
+def powers(study: Study, table: pd.DataFrame) -> list[str]:
+    """What more seeds would show: the power of the primary comparison, from six seeds on."""
+    texts = []
+    for _, row in table[table.role == "primary"].iterrows():
+        margin = float(study.primaries[row.cell]["margin"])
+        needed = stats.seeds_needed(tables.effect_of(row), margin)
+        size = percent_text(margin) if stats.is_log(row.metric) else f"{margin:g}"
+        if row.n and row.n < stats.VERDICT_FROM:
+            how = more_seeds(study) or f"The study plans {row.planned} for this comparison."
+            texts.append(f"A verdict wants {stats.VERDICT_FROM} seeds or more; fewer show "
+                         f"effects and their spread. {how}")
+        elif needed:
+            texts.append(f"With the spread seen in {row.cell}, an effect as large as the margin "
+                         f"({size}) would need {needed} seeds to be found with a chance of 80 %.")
+    return list(dict.fromkeys(texts))
+
+
+def more_seeds(study: Study) -> str:
+    """How to bring a study to the seeds that a verdict wants; "" if it plans them."""
+    new = [s for s in range(2 * stats.VERDICT_FROM) if s not in study.seeds]
+    wanted = [*study.seeds, *new][:stats.VERDICT_FROM]
+    return (f"The command that made this study, with --set seeds='{wanted}', trains only the new "
+            "seeds." if len(study.seeds) < stats.VERDICT_FROM else "")
