@@ -233,6 +233,8 @@ def test_the_twin_has_the_same_weights_and_every_network_of_the_run() -> None:
     assert torch.equal(exact.known.own(x, t), head_denoiser(plain, SIGMA)(x, t))
     assert not torch.equal(exact.known.own(x, t), p.known.own(x, t))
     assert 0 < rounding(p, exact, dataset)["error"][0] < 0.1
+    net.compile()  # as on a GPU: the twin's float32 runs as it is written
+    assert in_float32(p).net._compiled_call_impl is None is not net._compiled_call_impl
 
 
 # --- in a study ---
