@@ -32,7 +32,7 @@ SMALL = 1e-5
 INITIAL_SCALE = {"conv1": SMALL, "proj": SMALL, "aux_conv": SMALL, "head": SMALL, "qkv": 0.2**0.5}
 
 
-def embed(c_noise: Tensor, width: int) -> Tensor:
+def sinusoids(c_noise: Tensor, width: int) -> Tensor:
     """Sinusoids (B, width) of noise labels (B,): sines first, frequencies from 1 down to 1e-4."""
     frequency = MAX_PERIOD ** -torch.linspace(0, 1, width // 2, device=c_noise.device)
     angle = c_noise[:, None] * frequency
@@ -170,7 +170,7 @@ class DdpmPP(Network):
 
     def trunk(self, x: Tensor, c_noise: Tensor, key: Tensor | None) -> Tensor:
         """x (B, C, S, S), c_noise (B,) -> (B, width, S, S), width that of the first resolution."""
-        label = F.silu(self.map_layer0(embed(c_noise, self.width)))
+        label = F.silu(self.map_layer0(sinusoids(c_noise, self.width)))
         label = F.silu(self.map_layer1(label))
         h, skips = x.contiguous(memory_format=torch.channels_last), []
         for layer in self.enc.values():

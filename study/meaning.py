@@ -118,7 +118,8 @@ def simplest(factors: Factors) -> Factors:
     """The same training in fewest words, so that what means the same is one run.
 
     A Heun step with D^ = x is an Euler step, losses of equal targets are one loss; an average
-    that forgets everything is the student; one std stands for equal ones, no weights for equal.
+    that forgets everything is the student; one std stands for equal ones, no weights for equal;
+    resolutions with attention have no order.
     """
     if isinstance(factors.target, Ema) and factors.target.mu == 0:
         factors = replace(factors, target=Stopgrad())
