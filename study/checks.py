@@ -27,16 +27,16 @@ from study.factors import (
     Images,
     KSample,
     Mixture,
+    Mlp,
     Own,
     PosteriorK,
     Progressive,
     Random,
     Score,
     SingleSample,
-    Unet,
     Windowed,
 )
-from study.meaning import deterministic, endless, ignored, plain_score, references
+from study.meaning import deterministic, endless, ignored, misfit, plain_score, references
 from study.settings import PROBES, Measure, extractor_identity, settings_of, snapshot_points
 from study.spec import Primary, Recipe
 
@@ -62,19 +62,20 @@ def check_recipe(
 ) -> None:
     """What holds for one recipe among the sources of its cell; where: its place in the file."""
     factors, data = recipe.factors, recipe.factors.data
+    network = factors.network
     kind = data.__struct_config__.tag
     score = None if "score" in ignored(factors) else factors.score
     if isinstance(data, Mixture):
         check_mixture(data, where)
-        if isinstance(factors.network, Unet):
-            raise StudyError(f"{where}.network: a unet needs images; use mlp on a {kind}")
+        if not isinstance(network, Mlp):
+            given = network.__struct_config__.tag
+            raise StudyError(f"{where}.network: a {given} needs images; use mlp on a {kind}")
     if score:
         check_score(score, factors, f"{where}.score")
     check_objective(factors, where)
     side = SIDE.get(getattr(data, "of", data).__struct_config__.tag)
-    network = factors.network
-    if isinstance(network, Unet) and side and side % network.patch:
-        raise StudyError(f"{where}.network: patch {network.patch} does not divide {side} pixels")
+    if side and (why := misfit(network, side)):
+        raise StudyError(f"{where}.network: {why}")
     steps = factors.discretization
     read = "discretization" not in ignored(factors)
     if read and isinstance(steps, Progressive) and steps.s0 > steps.s1 + 1:

@@ -1,11 +1,7 @@
-"""The networks F(x, c_noise): an MLP for vectors and a U-Net for square images.
+"""The networks F(x, c_noise) by their factor: an MLP for vectors, U-Nets for square images.
 
-Both take the scaled input c_in x_t and the noise label c_noise = ln(t) / 4 (Karras et al. 2022)
-and return a tensor of x's shape; the preconditioning that makes a denoiser or a consistency model
-of F stands in `consistency`. The output layer starts at zero. Dropout masks are a pure function of
-an explicit key, so that student and target share them and a compiled step stays pure. Under
-bfloat16 products are rounded; weights and what is outside of F stay float32. The norms are in
-float32 where torch's autocast puts them there: on CUDA, not on a CPU.
+MLP and small U-Net stand here, their output layers starting at zero; EDM's DDPM++ in `ddpmpp`,
+what they share in `parts`.
 """
 
 from __future__ import annotations
@@ -17,61 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from study import factors, noise, seeds
+from study import factors, seeds
+from study.ddpmpp import DdpmPP
 from study.errors import StudyError
+from study.meaning import misfit
+from study.parts import Network, doubled, dropout, embed, group_norm
 
 MAX_CHANNELS_FACTOR = 2  # channels double once below the first resolution
-
-
-def embed(c_noise: Tensor, width: int) -> Tensor:
-    """Sinusoidal embedding (B, width) of noise labels (B,), frequencies 1/2 to 32 per unit."""
-    frequency = 2.0 ** torch.linspace(-1, 5, width // 2, device=c_noise.device)
-    angle = c_noise[:, None] * frequency
-    return torch.cat([angle.cos(), angle.sin()], 1)
-
-
-def dropout(h: Tensor, p: float, key: Tensor | None, layer: int) -> Tensor:
-    """Inverted dropout whose mask is a hash of (key, layer, position); no key, no dropout.
-
-    key: int64 scalar below 2^31.
-    """
-    if key is None or p == 0:
-        return h
-    word = noise.words(key, layer, h.shape)
-    return h * (word >= int(p * 2**32)) / (1 - p)
-
-
-class Network(nn.Module):
-    """F, computed under autocast to `precision`."""
-
-    def __init__(self, precision: str) -> None:
-        super().__init__()
-        self.dtype = getattr(torch, precision)
-
-    def trunk(self, x: Tensor, c_noise: Tensor, key: Tensor | None) -> Tensor:
-        """What the output layers read of x (B, ...) and c_noise (B,)."""
-        raise NotImplementedError
-
-    def body(self, x: Tensor, c_noise: Tensor, key: Tensor | None) -> Tensor:
-        """F of x (B, ...) and c_noise (B,), in x's shape or flattened."""
-        return self.shaped(self.out(self.trunk(x, c_noise, key)))
-
-    def shaped(self, y: Tensor) -> Tensor:
-        """An output layer's values in the order of x's."""
-        return y
-
-    def forward(
-        self, x: Tensor, c_noise: Tensor, key: Tensor | None = None, both: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """x (B, ...), c_noise (B,) -> F (B, ...), float32; with `both` F and the second head's."""
-        half = self.dtype != torch.float32
-        # no cache: a captured step would read casts that were made outside of it
-        with torch.autocast(x.device.type, self.dtype, enabled=half, cache_enabled=False):
-            h = self.trunk(x, c_noise, key)
-            layers = (self.out, self.head) if both else (self.out,)
-            outputs = [self.shaped(layer(h)) for layer in layers]
-        F_x, *more = (y.float().view(x.shape) for y in outputs)
-        return (F_x, *more) if both else F_x
 
 
 class Mlp(Network):
@@ -104,12 +52,6 @@ class Mlp(Network):
         return F.silu(h)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """Equal groups of at least four channels, as many as that allows, 32 at most."""
-    groups = max(n for n in range(1, min(32, channels // 4) + 1) if channels % n == 0)
-    return nn.GroupNorm(groups, channels, eps=1e-5)
-
-
 class Block(nn.Module):
     """Residual block: norm, SiLU, conv, shifted and scaled by the noise label, norm, SiLU,
     conv."""
@@ -131,14 +73,6 @@ class Block(nn.Module):
         return self.skip(x) + self.conv1(dropout(h, self.drop, key, self.layer))
 
 
-def doubled(h: Tensor) -> Tensor:
-    """Nearest-neighbour upsampling (B, C, H, W) -> (B, C, 2 H, 2 W). As a copy: on a GPU the
-    deterministic gradient of `interpolate` costs as much as a quarter of the step."""
-    B, C, H, W = h.shape
-    rows = h.permute(0, 2, 3, 1)[:, :, None, :, None]  # channels last, as they lie in memory
-    return rows.expand(B, H, 2, W, 2, C).reshape(B, 2 * H, 2 * W, C).permute(0, 3, 1, 2)
-
-
 class Unet(Network):
     """A small U-Net without attention: average pooling down, nearest-neighbour up, skips added in
     by concatenation. Odd sizes are rounded up on the way down and cropped on the way up."""
@@ -155,8 +89,6 @@ class Unet(Network):
         head: bool,
     ) -> None:
         super().__init__(precision)
-        if shape[1] % patch:
-            raise StudyError(f"network.patch: {patch} does not divide {shape[1]} pixels a side")
         pixels = shape[0] * patch**2
         self.patch = patch
         label = 4 * width
@@ -219,24 +151,19 @@ def build(
     head: bool = False,
 ) -> Network:
     """The network on the CPU, its weights addressed by (seed, role, parameter name); head: with a
-    second output layer, for an auxiliary loss.
-
-    Weights ~ N(0, 1 / fan_in), biases 0, norms 1, the output layers 0.
-    """
+    second output layer, for an auxiliary loss. Raises StudyError for images it can't take."""
+    if len(shape) == 3 and (why := misfit(network, shape[-1])):
+        raise StudyError(f"network: {why}")
     match network:
         case factors.Mlp(width=width, depth=depth):
             net: Network = Mlp(shape, width, depth, drop, precision, head)
         case factors.Unet(width=width, levels=levels, blocks=blocks, patch=patch):
             net = Unet(shape, width, levels, blocks, patch, drop, precision, head)
+        case factors.DdpmPP(width=width, mult=mult, blocks=blocks, attention=attention):
+            net = DdpmPP(shape, width, mult, blocks, attention, drop, precision, head)
         case _:
             assert_never(network)
     for name, weight in net.named_parameters():
-        if weight.ndim == 1:
-            weight.data.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-        elif name.startswith(("out.", "head.")):
-            weight.data.zero_()
-        else:
-            generator = torch.Generator().manual_seed(seeds.number(seed, role, "init", name))
-            draw = torch.randn(weight.shape, generator=generator)
-            weight.data.copy_(draw / math.sqrt(math.prod(weight.shape[1:])))
+        generator = torch.Generator().manual_seed(seeds.number(seed, role, "init", name))
+        weight.data.copy_(net.initial(name, weight.shape, generator))
     return net

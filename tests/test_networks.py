@@ -88,6 +88,24 @@ def test_weights_are_addressed_by_seed_role_and_name() -> None:
     assert all((a - b).abs().min() > 0 for a, b in itertools.combinations(values, 2))
 
 
+def test_weights_of_an_address_stay_what_they_are() -> None:
+    """Finished runs were started from them."""
+    first = {
+        Mlp(width=8, depth=2): {"inp": (-0.308742, 0.463823), "hidden.1": (0.136455, -0.12542)},
+        Unet(width=8): {
+            "inp": (-0.178253, 0.267788),
+            "down.0.0.conv0": (0.041761, 0.063429),
+            "down.1.0.conv1": (-0.024677, 0.137428),
+        },
+    }
+    for kind, layers in first.items():
+        shape = (3,) if isinstance(kind, Mlp) else (1, 8, 8)
+        state = build(kind, shape, 0.0, 3, "student").state_dict()
+        for name, values in layers.items():
+            weight = state[f"{name}.weight"].contiguous().flatten()[:2]
+            assert weight.tolist() == pytest.approx(values, abs=2e-6)
+
+
 def test_weights_have_variance_one_over_fan_in() -> None:
     net = build(Mlp(width=256, depth=2), (40,), 0.0, 0, "student")
     for layer, fan_in in [(net.inp, 40), (net.hidden[0], 256), (net.time[1], 64)]:
