@@ -99,10 +99,11 @@ def _launch(x: Tensor, groups: int, tensors: int, p: float, layer: int) -> tuple
     B, C, H, W = x.shape
     assert C % groups == 0 and x.is_contiguous(memory_format=torch.channels_last)
     assert x.numel() < 2**32, "positions are 32-bit words"
+    assert x.dtype != torch.float64, "arithmetic is in float32"
     D = C // groups
     t = tiles.tiling(H * W, D, x.element_size(), tensors)
     constants = {"C": C, "D": D, "HW": H * W, "LEAST": int(p * 2**32), "KEPT": 1 - p}
-    constants |= {"K": t.K, "S": t.S, "P": t.P, "num_warps": t.warps}
+    constants |= {"K": t.K, "S": t.S, "P": t.P, "num_warps": t.warps, "maxnreg": t.registers}
     word = salt(layer)
     return (B * -(-groups // t.K),), word - 2**32 * (word >> 31), constants
 

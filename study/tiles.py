@@ -30,6 +30,11 @@ class Tiling(NamedTuple):
     P: int
     warps: int
 
+    @property
+    def registers(self) -> int:
+        """A thread's at most, for two programs to share a multiprocessor's 65 536."""
+        return min(1024 // self.warps, 255)
+
 
 def tiling(pixels: int, group: int, itemsize: int, tensors: int) -> Tiling:
     """The shape of a program's tile for groups of `group` channels, where it reads so many tensors

@@ -306,8 +306,9 @@ for kernel, tensors in ((tiles.forward, 1), (tiles.backward, 2)):
         names = kernel.arg_names
         signature = {n: "constexpr" if n in fixed else kinds.get(n, "*fp32") for n in names}
         constants = {(names.index(n),): value for n, value in fixed.items()}
+        limits = {"num_warps": t.warps, "maxnreg": t.registers}
         made = triton.compile(ASTSource(kernel, signature, constants),
-                              target=GPUTarget("cuda", 90, 32), options={"num_warps": t.warps})
+                              target=GPUTarget("cuda", 90, 32), options=limits)
         assert made.asm["cubin"]
 print("built")
 """
