@@ -103,16 +103,19 @@ def product(layer: nn.Module, h: Tensor, fused: bool) -> tuple[Tensor, Tensor | 
 
 
 class Sum(NamedTuple):
-    """h + e + skip, (B, C, H, W) each but the bias e (C,), left to the norm that reads it."""
+    """(h + e + skip) gain, (B, C, H, W) each but the bias e (C,), left to the norm that reads
+    it."""
 
     h: Tensor
     skip: Tensor
     e: Tensor | None
+    gain: float = 1.0
 
     def made(self) -> Tensor:
         """The sum, rounded once."""
         h = self.h if self.e is None else self.h + self.e[:, None, None]
-        return (h + self.skip).to(self.h.dtype)
+        z = (h + self.skip) * self.gain if self.gain != 1 else h + self.skip
+        return z.to(self.h.dtype)
 
 
 def entered(norm: nn.GroupNorm, x: Tensor | Sum, fused: bool) -> tuple[Tensor, Tensor]:
@@ -120,7 +123,7 @@ def entered(norm: nn.GroupNorm, x: Tensor | Sum, fused: bool) -> tuple[Tensor, T
     if not isinstance(x, Sum):
         return x, activated(norm, x, fused)
     weights = norm.weight, norm.bias, norm.num_groups, norm.eps
-    return kernels.add_norm_silu(x.h, x.skip, *weights, x.e, fused=fused)
+    return kernels.add_norm_silu(x.h, x.skip, *weights, x.e, x.gain, fused)
 
 
 def doubled(h: Tensor) -> Tensor:
