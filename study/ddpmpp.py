@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from study.parts import Network, doubled, dropout, group_norm
+from study.parts import Network, Sum, activated, doubled, entered, group_norm, product
 
 EPS = 1e-6
 SCALE = math.sqrt(0.5)  # a sum of two keeps their variance
@@ -74,13 +74,23 @@ class Block(nn.Module):
             self.norm2 = group_norm(out, EPS)
             self.qkv, self.proj = nn.Conv2d(out, 3 * out, 1), nn.Conv2d(out, out, 1)
 
-    def forward(self, x: Tensor, label: Tensor, key: Tensor | None) -> Tensor:
-        """x (B, inp, H, W), label (B, label) -> (B, out, H', W'), H' as resampled."""
-        h = self.conv0(self.resample(F.silu(self.norm0(x))))
-        h = F.silu(self.norm1(h + self.affine(label)[:, :, None, None]))
-        h = self.conv1(dropout(h, self.drop, key, self.layer))
-        h = (self.skip(self.resample(x)) + h) * SCALE
-        return (h + self.proj(self.attended(self.norm2(h)))) * SCALE if self.attention else h
+    def forward(
+        self, x: Tensor | Sum, label: Tensor, key: Tensor | None, fused: bool
+    ) -> tuple[Tensor, Sum]:
+        """x (B, inp, H, W), label (B, label) -> x, made if it was a sum, and (B, out, H', W'), H'
+        as resampled."""
+        x, h = entered(self.norm0, x, fused)
+        h, bias = product(self.conv0, self.resample(h), fused)
+        e = self.affine(label) if bias is None else self.affine(label) + bias
+        h = activated(self.norm1, h, fused, e, mask=(self.drop, key, self.layer))
+        h, e = product(self.conv1, h, fused)
+        skip, more = product(self.skip, self.resample(x), fused)
+        result = Sum(h, skip, e if more is None else e + more, SCALE)
+        if self.attention:
+            skip = result.made()
+            h, e = product(self.proj, self.attended(self.norm2(skip)), fused)
+            result = Sum(h, skip, e, SCALE)
+        return x, result
 
     def attended(self, h: Tensor) -> Tensor:
         """One head of softmax attention over the pixels, (B, C, H, W) -> (B, C, H, W)."""
@@ -168,16 +178,21 @@ class DdpmPP(Network):
         draw = torch.rand(shape, generator=generator) * 2 - 1
         return draw * (bound * INITIAL_SCALE.get(layer, 1.0))
 
-    def trunk(self, x: Tensor, c_noise: Tensor, key: Tensor | None) -> Tensor:
+    def trunk(self, x: Tensor, c_noise: Tensor, key: Tensor | None, fused: bool = False) -> Tensor:
         """x (B, C, S, S), c_noise (B,) -> (B, width, S, S), width that of the first resolution."""
         label = F.silu(self.map_layer0(sinusoids(c_noise, self.width)))
         label = F.silu(self.map_layer1(label))
         h, skips = x.contiguous(memory_format=torch.channels_last), []
         for layer in self.enc.values():
-            h = layer(h, label, key) if isinstance(layer, Block) else layer(h)
-            skips.append(h)
+            if isinstance(layer, Block):
+                made, h = layer(h, label, key, fused)
+                skips.append(made)  # what the layer before gave
+            else:
+                h = layer(h)
+        h = h.made()
+        skips.append(h)
         *layers, (_, norm), _ = self.dec.items()
         for name, layer in layers:
-            h = torch.cat([h, skips.pop()], 1) if "block" in name else h
-            h = layer(h, label, key)
-        return F.silu(norm(h))
+            h = torch.cat([h.made(), skips.pop()], 1) if "block" in name else h
+            _, h = layer(h, label, key, fused)
+        return entered(norm, h, fused)[1]

@@ -17,7 +17,8 @@ from study import factors, seeds
 from study.ddpmpp import DdpmPP
 from study.errors import StudyError
 from study.meaning import misfit
-from study.parts import Network, doubled, dropout, embed, group_norm
+from study.noise import dropout
+from study.parts import Network, Sum, activated, doubled, embed, entered, group_norm, product
 
 MAX_CHANNELS_FACTOR = 2  # channels double once below the first resolution
 
@@ -43,7 +44,7 @@ class Mlp(Network):
         self.out = nn.Linear(width, size)
         self.head = nn.Linear(width, size) if head else None
 
-    def trunk(self, x: Tensor, c_noise: Tensor, key: Tensor | None) -> Tensor:
+    def trunk(self, x: Tensor, c_noise: Tensor, key: Tensor | None, fused: bool = False) -> Tensor:
         """x (B, ...), c_noise (B,) -> (B, width)."""
         label = embed(c_noise, 64)
         h = self.inp(x.flatten(1))  # (B, width)
@@ -65,12 +66,16 @@ class Block(nn.Module):
         self.label = nn.Linear(label, 2 * out)
         self.skip = nn.Conv2d(inp, out, 1) if inp != out else nn.Identity()
 
-    def forward(self, x: Tensor, label: Tensor, key: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor | Sum, label: Tensor, key: Tensor | None, fused: bool) -> Sum:
         """x (B, inp, H, W), label (B, label) -> (B, out, H, W)."""
-        h = self.conv0(F.silu(self.norm0(x)))
-        scale, shift = self.label(label)[:, :, None, None].chunk(2, 1)
-        h = F.silu(torch.addcmul(shift, self.norm1(h), scale + 1))
-        return self.skip(x) + self.conv1(dropout(h, self.drop, key, self.layer))
+        x, h = entered(self.norm0, x, fused)
+        h, e = product(self.conv0, h, fused)
+        scale, shift = self.label(label).chunk(2, 1)
+        mask = self.drop, key, self.layer
+        h = activated(self.norm1, h, fused, e, scale, shift, mask)
+        h, e = product(self.conv1, h, fused)
+        skip, more = product(self.skip, x, fused)
+        return Sum(h, skip, e if more is None else e + more)
 
 
 class Unet(Network):
@@ -119,7 +124,7 @@ class Unet(Network):
         """Channels back to pixels, (B, C, S, S)."""
         return F.pixel_shuffle(y, self.patch)
 
-    def trunk(self, x: Tensor, c_noise: Tensor, key: Tensor | None) -> Tensor:
+    def trunk(self, x: Tensor, c_noise: Tensor, key: Tensor | None, fused: bool = False) -> Tensor:
         """x (B, C, S, S), c_noise (B,) -> (B, width, S, S)."""
         label = F.silu(self.time(embed(c_noise, 2 * self.width)))
         x = F.pixel_unshuffle(x, self.patch)
@@ -129,16 +134,17 @@ class Unet(Network):
             if i:
                 h = F.avg_pool2d(h, 2, ceil_mode=True)
             for block in stage:
-                h = block(h, label, key)
+                h = block(h, label, key, fused)
+            h = h.made()
             skips.append(h)
-        for stage in self.up:
-            skip = skips.pop()
+        for i, stage in enumerate(self.up):
+            h, skip = h.made() if i else h, skips.pop()
             if h.shape[-1] != skip.shape[-1]:
                 h = doubled(h)[..., : skip.shape[-2], : skip.shape[-1]]
             h = torch.cat([h, skip], 1)
             for block in stage:
-                h = block(h, label, key)
-        return F.silu(self.norm(h))
+                h = block(h, label, key, fused)
+        return entered(self.norm, h, fused)[1]
 
 
 def build(

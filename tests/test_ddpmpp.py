@@ -17,7 +17,8 @@ from study import ddpmpp, factors
 from study.errors import StudyError
 from study.meaning import simplest
 from study.networks import build
-from study.parts import doubled, dropout
+from study.noise import dropout
+from study.parts import doubled
 
 SMALL = factors.DdpmPP(width=8, mult=(1, 2, 2), blocks=2, attention=(4,))
 FEW = factors.DdpmPP(width=8, mult=(1, 2), blocks=1, attention=(4,))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from study import networks
+from study import kernels, networks
 from study.factors import Mlp, Network, Unet
 from study.networks import build, doubled, dropout
 
@@ -250,6 +250,7 @@ def test_dropout_in_the_networks(kind: Network, monkeypatch: pytest.MonkeyPatch)
         layers.append(layer)
         return original(h, p, key, layer)
 
-    monkeypatch.setattr(networks, "dropout", noted)
+    for module in (networks, kernels):
+        monkeypatch.setattr(module, "dropout", noted)
     net(x, c_noise, key)
     assert len(set(layers)) == len(layers) > 1  # each layer has a mask of its own
