@@ -11,7 +11,8 @@ The shipped weights were trained on a copy of these images recompressed as JPEG 
 in 97.7 of 100 cases, and of the images they have not seen in 66.6 (held out) and 66.9 (training).
 Which half an image is in depends on its class and on its place among the images of its class
 alone, so that the copy, whose files are in the archive's order as far as that was looked at (the
-first ten of each part), and the archive are cut alike.
+first ten of each part), and the archive are cut alike. Where a folder of all 10 000 test images is
+a study's held-out part, half of it are the extractor's own: read FID against the training images.
 """
 
 from pathlib import Path
