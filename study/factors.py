@@ -46,6 +46,14 @@ class FashionMnist(Kind, frozen=True, tag="fashion_mnist"):
     root: str | None = None
 
 
+class Cifar10(Kind, frozen=True, tag="cifar10"):
+    """CIFAR-10's 32 x 32 colour images: all 50 000 to train on, of the 10 000 test images half
+    held out and half for the extractor. root: folder with its Python archive, whole or
+    unpacked."""
+
+    root: str | None = None
+
+
 class Images(Kind, frozen=True, tag="images"):
     """A folder or .zip of square images of one size, grey or RGB, read from `root`; train/ and
     test/ in it are the parts, else `held_out` of them are set aside. name: tells two such data
@@ -392,7 +400,7 @@ class Sigma(Value, frozen=True):
     data: Positive | None = None
 
 
-Data = Digits | FashionMnist | Images | Mixture | FittedMixture
+Data = Digits | FashionMnist | Cifar10 | Images | Mixture | FittedMixture
 Network = Mlp | Unet | DdpmPP
 Objective = Consistency | Denoising | Continuous | FixedPoint
 Score = Inner | Windowed | Own
@@ -424,6 +432,7 @@ class Factors(Value, frozen=True):
     weighting: Weighting = InverseStep()
     distance: Distance = PseudoHuber()
     auxiliary: Auxiliary = NoHead()
+    augment: Literal["none", "flip"] = "none"  # flip: x is as likely mirrored, left and right
     dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     optimizer: Optimizer = Adam()
     batch: Annotated[int, Meta(ge=1, le=1_000_000)] = 128

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from study.domains import check_extractors
 from study.errors import StudyError, nearest
-from study.factors import FashionMnist, Images
+from study.factors import Cifar10, FashionMnist, Images
 from study.launch import Launcher, devices
 from study.progress import Display, label, state_table
 from study.resolve import load
@@ -113,10 +114,19 @@ def fetch_data(study: Study) -> None:
             from study import fashion_mnist  # numpy, which --plan and --status do without
 
             fashion_mnist.load(None if data.root is None else Path(data.root))
+        elif isinstance(data, Cifar10):
+            from study import cifar10
+
+            cifar10.load(None if data.root is None else Path(data.root))
         elif isinstance(data, Images):
             from study import folder
 
-            folder.load(Path(data.root), data.held_out)
+            images = folder.load(Path(data.root), data.held_out)["train"][0]
+            image = images.shape[3], images.shape[1]  # known only now, unlike other data's
+            for recipe in study.recipes:
+                if recipe.factors.data == data:
+                    where = f"{study.name}: cell {recipe.cell}: measure.{{}}".format
+                    check_extractors(recipe.measure, image, data.root, where)
 
 
 def forecast(store: Store, new: list[Run]) -> str | None:

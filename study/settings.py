@@ -362,5 +362,6 @@ def score_settings(measure: Measure, factors: Factors, ids: Mapping[str, str]) -
             "data": difference(factors.data),
             "sigma": [factors.sigma.min, factors.sigma.max],
             **({"batch": factors.batch} if in_batch else {}),  # its references are the batch's
+            **({"augment": "flip"} if factors.augment == "flip" else {}),  # other x, another law
         },
     )

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -35,9 +36,9 @@ DONE, FAILED = 0, 1
 
 
 @cache
-def load(kind: Data, device: torch.device) -> data.Dataset:
+def load(kind: Data, device: torch.device, flip: bool = False) -> data.Dataset:
     """The data set on a device, loaded once per process also where it works on several runs."""
-    return data.load(kind).to(device)
+    return replace(load(kind, device), flip=True) if flip else data.load(kind).to(device)
 
 
 def code() -> dict[str, object]:
@@ -123,7 +124,8 @@ def work(run: Run, sources: Mapping[str, Run], folders: Mapping[str, Folder], de
                 if place.type == "cuda":  # streams and graphs are made on the current device
                     torch.cuda.set_device(place)
                 append_line(folder.file("attempts.jsonl"), provenance(place))
-                dataset = load(run.recipe.factors.data, place)
+                factors = run.recipe.factors
+                dataset = load(factors.data, place, factors.augment == "flip")
                 inputs = check_inputs(run, folders.__getitem__, dataset)
                 arguments = run, sources, folders.__getitem__, dataset, place, lambda: stopping
                 try:
