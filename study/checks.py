@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from study.budget import snapshot_images
 from study.errors import StudyError, nearest
+from study.extractors.names import check_extractor
 from study.factors import (
     MOST_TERMS,
     Analytic,
@@ -36,10 +37,10 @@ from study.factors import (
     Windowed,
 )
 from study.meaning import deterministic, endless, ignored, plain_score, references
-from study.settings import PROBES, Measure, extractor_identity, settings_of, snapshot_points
+from study.settings import IN_FEATURES, PROBES, Measure, filled, settings_of, snapshot_points
 from study.spec import Primary, Recipe
 
-HELD_OUT = {"digits": 400, "fashion_mnist": 10_000}  # the smaller part of each image data set
+HELD_OUT = {"digits": 400, "fashion_mnist": 10_000}
 SIDE = {"digits": 8, "fashion_mnist": 28}
 TRAIN = {"digits": 997, "fashion_mnist": 50_000}
 NEEDS = {
@@ -49,7 +50,7 @@ NEEDS = {
     "mode_mass": "a mixture of vectors",
     "map_error": "a mixture or fitted_mixture, whose exact map is known",
     "memorisation": "finite images",
-    "coverage": "images with an extractor",
+    "coverage": "images",
     "pushforward": "endless one-dimensional data",
 }
 
@@ -273,7 +274,7 @@ def check_measure(measure: Measure, factors: Factors, where: Where) -> None:
         line = len(data.means[0]) == 1 and data.samples is None
         offered |= {"sliced_wasserstein", "mode_mass", "map_error", *(["pushforward"] * line)}
     else:
-        offered |= set() if isinstance(data, Images) else {"fid", "kid", "coverage"}
+        offered |= {"fid", *IN_FEATURES}
     if isinstance(data, FittedMixture):
         offered.add("map_error")
     if not isinstance(data, Mixture) and not endless(data):
@@ -286,18 +287,14 @@ def check_measure(measure: Measure, factors: Factors, where: Where) -> None:
         if mid is not None and not factors.sigma.min < mid < factors.sigma.max:
             raise StudyError(f"{where(f'{metric}.mid')}: {mid} is not between sigma's min and max")
     real = data.of.__struct_config__.tag if isinstance(data, FittedMixture) else kind
-    for metric in ("fid", "kid", "coverage"):
-        ask = getattr(measure, metric)
-        if ask and not measure.fid and None in (ask.extractor, ask.samples):
-            raise StudyError(f"{where(metric)}: needs extractor and samples, or a fid")
-        if ask and ask.extractor and not ask.extractor.startswith(f"{real}-"):
-            raise StudyError(f"{where(metric)}: {ask.extractor} is not an extractor for {real}")
-        if ask and ask.extractor:
-            extractor_identity(ask.extractor, where(f"{metric}.extractor"))
-    if (ask := measure.coverage) and ask.samples and ask.neighbours >= ask.samples:
-        raise StudyError(
-            f"{where('coverage')}: {ask.neighbours} neighbours of {ask.samples} samples"
-        )
+    for metric in ("fid", *IN_FEATURES):
+        if ask := filled(measure, metric):
+            if None in (ask.extractor, ask.samples):
+                raise StudyError(f"{where(metric)}: needs extractor and samples, or a fid")
+            check_extractor(ask.extractor, ask.weights, real, where(metric))
+    if (ask := filled(measure, "coverage")) and ask.neighbours >= ask.samples:
+        told = f"{ask.neighbours} neighbours of {ask.samples} samples"
+        raise StudyError(f"{where('coverage')}: {told}")
     if (ask := measure.trajectories) and (
         len(set(ask.teachers)) < len(ask.teachers) or len(ask.teachers) > 2
     ):
@@ -307,20 +304,27 @@ def check_measure(measure: Measure, factors: Factors, where: Where) -> None:
         )
     if (ask := measure.gradient_slopes) and len(set(ask.N)) < len(ask.N):
         raise StudyError(f"{where('gradient_slopes')}: N {list(ask.N)} names one twice")
-    for metric in ("fid", "kid", "coverage", "memorisation"):
-        ask = getattr(measure, metric)
-        if ask and ask.samples and ask.samples > references_of(data):
-            raise StudyError(
-                f"{where(metric)}: {ask.samples} samples; it compares equal numbers, and "
-                f"{kind} has {references_of(data)} images to compare with"
-            )
+    parts = images_in(data)
+    for metric in ("fid", *IN_FEATURES, "memorisation"):
+        ask = filled(measure, metric)
+        against = {"coverage": ("train",), "memorisation": tuple(parts)}.get(metric)
+        for part in (against or ask.reference) if ask else ():
+            if ask.samples > parts[part]:
+                more = "" if against or part == "train" else "; or say reference: [train]"
+                raise StudyError(
+                    f"{where(metric)}: {ask.samples} samples; it compares equal numbers, and "
+                    f"{kind} has {parts[part]} images in {part} to compare with{more}"
+                )
 
 
-def references_of(data: Data) -> int:
-    """How many images of one part, training or held out, there are to compare with at least."""
+def images_in(data: Data) -> dict[str, int]:
+    """How many images there are of each part; many of endless draws or where nobody looked."""
+    many, kind = 1_000_000, data.__struct_config__.tag
     if isinstance(data, FittedMixture):
-        return min(data.held_out, data.samples or data.held_out)
-    return HELD_OUT.get(data.__struct_config__.tag, 1_000_000)
+        return {"train": data.samples or many, "held_out": data.held_out}
+    if isinstance(data, Images):
+        return {"train": many, "held_out": data.held_out or many}
+    return {"train": TRAIN.get(kind, many), "held_out": HELD_OUT.get(kind, many)}
 
 
 def check_primary(primary: Primary, recipe: Recipe, where: Where) -> None:
