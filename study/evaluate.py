@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
@@ -142,11 +143,15 @@ def classes(images: Tensor, net: torch.nn.Module) -> Tensor:
     return torch.cat([net.classes(part).cpu() for part in images.split(CHUNK)])
 
 
+# numpy's own threads would wait for those of other workers, for longer than they save, and sums
+# would depend on how many there are.
+@threadpool_limits.wrap(limits=1)
 def statistics(features: Tensor) -> Statistics:
     """Mean and covariance (float64) of features (n, F), by torch-fidelity."""
     return fid_features_to_statistics(features)
 
 
+@threadpool_limits.wrap(limits=1)
 def frechet(a: Statistics, b: Statistics) -> float:
     """Frechet distance of two Gaussians, by torch-fidelity."""
     return float(fid_statistics_to_metric(a, b, verbose=False)[FID])
