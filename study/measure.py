@@ -141,10 +141,11 @@ def values(snapshot: Snapshot, settings: Settings) -> dict[str, Any]:
             "weights": true.tolist(),
         }
     if kind == "coverage":
-        real = reference.features(dataset, n, "train", net)
-        near = evaluate.coverage(snapshot.features(net, *made(0)), real, record["neighbours"])
+        pair = snapshot.features(net, *made(0)), reference.features(dataset, n, "train", net)
         if is_inception(record["extractor"]):  # its classes are ImageNet's, not the data's
-            return near
+            pair = (x.to(snapshot.device) for x in pair)  # 2048 features are slow on a CPU
+            return evaluate.coverage(*pair, record["neighbours"])
+        near = evaluate.coverage(*pair, record["neighbours"])
         logits = evaluate.classes(snapshot.images(*made(0)), net)
         return near | evaluate.class_histogram(logits, reference.classes(dataset, n, net))
     if kind == "memorisation":

@@ -33,12 +33,15 @@ STATISTICS = 1  # raise it when the same images and weights come to other statis
 def check(asked: Iterable[Settings], dataset: Dataset) -> None:
     """Before anything is trained: the data have what samples will be compared with, and
     InceptionV3's weights are there, or are downloaded now. Raises StudyError."""
+    needed = set()
     for settings in asked:
         record = settings.record
         if "extractor" in record:
             part_of(dataset, record["samples"], record.get("reference", "train"))
-            if is_inception(record["extractor"]):
-                inception.checked_file(record["extractor"], settings.weights)
+            needed.add((record["extractor"], settings.weights))
+    for identity, weights in needed:
+        if is_inception(identity):
+            inception.checked_file(identity, weights)
 
 
 def part_of(dataset: Dataset, n: int, part: str) -> Tensor | None:
