@@ -18,6 +18,7 @@ SCALARS = {  # metrics and the keys they stand under; of any other kind its valu
     "trajectories": {"trajectory_error": "value"},
     "coverage": {"precision": "precision", "recall": "recall", "class_tv": "tv"},
     "pushforward": {"pushforward_w2": "w2", "pushforward_between": "between"}}
+WITH_FLOOR = ("fid", "kid")  # against held-out images, where there are enough
 REPORTED = ("gradient_rho", "gradient_cosine", "slope_loss", "slope_gradient",
             "gradient_rounding")  # never compared
 AXES = {"gradient_noise": "sigma", "gradient_cosine": "sigma", "gradient_slopes": "N",

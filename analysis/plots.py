@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from analysis import instruments, oracle, probes, stats, tables, trajectories, words
-from analysis.files import REPORTED
+from analysis.files import REPORTED, WITH_FLOOR
 from analysis.load import Study
 from analysis.recipes import computed
 from analysis.style import GREY, PALE, STYLE, Drawn, capital, look, palette, save
@@ -214,6 +214,9 @@ def curve(axes: Axes, study: Study, cell: str, endpoint: dict[str, Any], colours
     elif floor == floor:  # far below: drawing it would flatten the curves
         axes.annotate(f"real against real: {floor:.3g}, below the frame", (0.01, 0.02),
                       xycoords="axes fraction", fontsize=8, color=GREY)
+    elif endpoint["metric"] in WITH_FLOOR:
+        axes.annotate(words.NO_FLOOR, (0.01, 0.02), xycoords="axes fraction", fontsize=8,
+                      color=GREY)
     if log:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))

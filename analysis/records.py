@@ -76,6 +76,8 @@ def spread(rows: dict[str, list[tuple]], where: tuple, role: str, extra: tuple[f
     nfe, ema = number(settings.get("nfe")), settings.get("ema")
     ema = "" if ema is None else str(ema)
     for metric, key in SCALARS.get(kind, {kind: "value"}).items():
+        if metric == "class_tv" and key not in record:  # the extractor knows no classes
+            continue
         rows["measure"].append((
             name, role, cell, seed, run, at, images, *(images + x for x in extra), metric,
             nfe, ema, str(settings.get("reference") or ""),

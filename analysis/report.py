@@ -20,8 +20,10 @@ import pandas as pd
 
 from analysis import answer, factorial, ledger, load, plots, sections, stats, tables, words
 from analysis.document import Block, Figure, Items, Link, Section, Table, Text, html, markdown
+from analysis.files import WITH_FLOOR
 from analysis.load import Study
 from analysis.recipes import computed
+from analysis.style import capital
 from study.spec import StudyError
 
 OPTIONAL = ("map_error", "instruments", "mean_and_noise")  # files only where there are data
@@ -279,9 +281,11 @@ def _trace(study: Study) -> list[Block]:
         body = [(str(r.seed), r.name, f"{r.value:.5g}", f"{r.floor:.4g}" if r.floor == r.floor
                  else "–", Link(r.file, "../" + quote(r.file)))
                 for r in rows.sort_values("seed", kind="stable").head(2 * LISTED).itertuples()]
+        lacking = endpoint["metric"] in WITH_FLOOR and bool(rows["floor"].isna().any())
         blocks.append(Table(("seed", "variant", tables.title(endpoint["metric"], endpoint["nfe"]),
                              "real against real", "file"), tuple(body),
-                            f"The primary comparison of {cell}, run by run."))
+                            f"The primary comparison of {cell}, run by run."
+                            + f" {capital(words.NO_FLOOR)}." * lacking))
     return blocks
 
 

@@ -27,6 +27,7 @@ KINDS = {"single_sample": "single sample (CT)", "teacher": "teacher {run} (CD)",
          "fixed_point": "fixed point, computed and not trained",
          "l2": "mean square", "l2_norm": "norm, not squared", "l1": "mean absolute difference",
          "log_uniform": "log-uniform"}
+NO_FLOOR = "no floor: fewer images are held out than are compared"
 GLOSSARY = ("EMA: moving average of the weights, its length a share of training. NFE: network "
             "evaluations per sample. Block: the runs of one cell and seed, which differ only in "
             "the variant. Charged: images spent on a source and taken from the variant's own "

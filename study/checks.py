@@ -6,16 +6,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 
 from study.budget import snapshot_images
-from study.domains import (
-    CHANNELS,
-    FEATURES,
-    SIDE,
-    Where,
-    check_extractors,
-    references_in,
-    references_of,
-)
+from study.domains import CHANNELS, SIDE, Where, check_extractors, images_in, references_in
 from study.errors import StudyError, nearest
+from study.extractors.names import check_extractor
 from study.factors import (
     MOST_TERMS,
     Analytic,
@@ -45,7 +38,7 @@ from study.factors import (
     Windowed,
 )
 from study.meaning import deterministic, endless, ignored, misfit, plain_score, references
-from study.settings import PROBES, Measure, extractor_identity, settings_of, snapshot_points
+from study.settings import IN_FEATURES, PROBES, Measure, filled, settings_of, snapshot_points
 from study.spec import Primary, Recipe
 
 NEEDS = {
@@ -276,7 +269,7 @@ def check_measure(measure: Measure, factors: Factors, where: Where) -> None:
         line = len(data.means[0]) == 1 and data.samples is None
         offered |= {"sliced_wasserstein", "mode_mass", "map_error", *(["pushforward"] * line)}
     else:
-        offered |= {"fid", "kid", "coverage"}
+        offered |= {"fid", *IN_FEATURES}
     if isinstance(data, FittedMixture):
         offered.add("map_error")
     if not isinstance(data, Mixture) and not endless(data):
@@ -289,18 +282,16 @@ def check_measure(measure: Measure, factors: Factors, where: Where) -> None:
         if mid is not None and not factors.sigma.min < mid < factors.sigma.max:
             raise StudyError(f"{where(f'{metric}.mid')}: {mid} is not between sigma's min and max")
     real = data.of.__struct_config__.tag if isinstance(data, FittedMixture) else kind
-    for metric in FEATURES:
-        ask = getattr(measure, metric)
-        if ask and not measure.fid and None in (ask.extractor, ask.samples):
-            raise StudyError(f"{where(metric)}: needs extractor and samples, or a fid")
-        if ask and ask.extractor:
-            extractor_identity(ask.extractor, where(f"{metric}.extractor"))
+    for metric in ("fid", *IN_FEATURES):
+        if ask := filled(measure, metric):
+            if None in (ask.extractor, ask.samples):
+                raise StudyError(f"{where(metric)}: needs extractor and samples, or a fid")
+            check_extractor(ask.extractor, ask.weights, where(metric))
     if real in SIDE:
         check_extractors(measure, (CHANNELS[real], SIDE[real]), real, where)
-    if (ask := measure.coverage) and ask.samples and ask.neighbours >= ask.samples:
-        raise StudyError(
-            f"{where('coverage')}: {ask.neighbours} neighbours of {ask.samples} samples"
-        )
+    if (ask := filled(measure, "coverage")) and ask.neighbours >= ask.samples:
+        told = f"{ask.neighbours} neighbours of {ask.samples} samples"
+        raise StudyError(f"{where('coverage')}: {told}")
     if (ask := measure.trajectories) and (
         len(set(ask.teachers)) < len(ask.teachers) or len(ask.teachers) > 2
     ):
@@ -310,13 +301,17 @@ def check_measure(measure: Measure, factors: Factors, where: Where) -> None:
         )
     if (ask := measure.gradient_slopes) and len(set(ask.N)) < len(ask.N):
         raise StudyError(f"{where('gradient_slopes')}: N {list(ask.N)} names one twice")
-    for metric in ("fid", "kid", "coverage", "memorisation"):
-        ask = getattr(measure, metric)
-        if ask and ask.samples and ask.samples > references_of(data):
-            raise StudyError(
-                f"{where(metric)}: {ask.samples} samples; it compares equal numbers, and "
-                f"{kind} has {references_of(data)} images to compare with"
-            )
+    parts = images_in(data)
+    for metric in ("fid", *IN_FEATURES, "memorisation"):
+        ask = filled(measure, metric)
+        against = {"coverage": ("train",), "memorisation": tuple(parts)}.get(metric)
+        for part in (against or ask.reference) if ask else ():
+            if ask.samples > parts[part]:
+                more = "" if against or part == "train" else "; or say reference: [train]"
+                raise StudyError(
+                    f"{where(metric)}: {ask.samples} samples; it compares equal numbers, and "
+                    f"{kind} has {parts[part]} images in {part} to compare with{more}"
+                )
 
 
 def check_primary(primary: Primary, recipe: Recipe, where: Where) -> None:

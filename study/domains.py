@@ -6,15 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from study.errors import StudyError
-from study.factors import Data, Factors, FittedMixture, Mixture
-from study.settings import Measure
+from study.factors import Data, Factors, FittedMixture, Images, Mixture
+from study.settings import IN_FEATURES, Measure
 
 # images of each data set's smaller part, and of the part that is trained on
 HELD_OUT = {"digits": 400, "fashion_mnist": 10_000, "cifar10": 5_000}
 TRAIN = {"digits": 997, "fashion_mnist": 50_000, "cifar10": 50_000}
 SIDE = {"digits": 8, "fashion_mnist": 28, "cifar10": 32}
 CHANNELS = {"digits": 1, "fashion_mnist": 1, "cifar10": 3}
-FEATURES = ("fid", "kid", "coverage")  # what has an extractor
 
 Where = Callable[[str], str]  # file and key path, as written, of a key
 
@@ -29,16 +28,19 @@ def references_in(factors: Factors) -> int:
     return 2 * n if factors.augment == "flip" else n
 
 
-def references_of(data: Data) -> int:
-    """How many images of one part, training or held out, there are to compare with at least."""
+def images_in(data: Data) -> dict[str, int]:
+    """How many images there are of each part; many of endless draws or where nobody looked."""
+    many, kind = 1_000_000, data.__struct_config__.tag
     if isinstance(data, FittedMixture):
-        return min(data.held_out, data.samples or data.held_out)
-    return HELD_OUT.get(data.__struct_config__.tag, 1_000_000)
+        return {"train": data.samples or many, "held_out": data.held_out}
+    if isinstance(data, Images):
+        return {"train": many, "held_out": data.held_out or many}
+    return {"train": TRAIN.get(kind, many), "held_out": HELD_OUT.get(kind, many)}
 
 
 def check_extractors(measure: Measure, image: tuple[int, int], data: str, where: Where) -> None:
     """Every extractor asked for takes images of the data's (channels, side)."""
-    for metric in FEATURES:
+    for metric in ("fid", *IN_FEATURES):
         name = getattr(getattr(measure, metric), "extractor", None)
         domain = name and name.rpartition("-")[0]
         if domain not in SIDE:  # none, or one that takes any images

@@ -9,21 +9,24 @@ torch-fidelity's own functions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from study import schedules, seeds
-from study.data import Dataset, to_float, to_uint8
+from study.data import to_float
 from study.errors import StudyError
+from study.extractors import inception
 from study.extractors.load import load as load_extractor
+from study.extractors.names import is_inception
 from study.factors import Sigma
 from study.posterior import FEW, NEAR
 
@@ -33,6 +36,7 @@ ROWS = 2048  # of a block of distances between features
 BETWEEN = 3  # a sample farther than this many std from every mode lies between modes
 
 Function = Callable[[Tensor, Tensor], Tensor]
+Statistics = Mapping[str, np.ndarray]  # of features: their mean "mu" (F,), covariance "sigma"
 
 
 def noise(shape: tuple[int, ...], device: torch.device, *address: object) -> Tensor:
@@ -77,6 +81,29 @@ def heun(D: Function, z: Tensor, nfe: int, sigma: Sigma) -> Tensor:
 
 
 @torch.no_grad()
+def sampled(
+    model: Function,
+    record: Mapping[str, Any],
+    shape: tuple[int, ...],
+    sigma: Sigma,
+    seed: int,
+    draw: int,
+    device: torch.device,
+) -> Iterator[Tensor]:
+    """record['samples'] samples with record['nfe'] network evaluations, CHUNK (B, ...) at a time.
+    Their noise is one draw, whatever CHUNK is."""
+    n, nfe, mid = record["samples"], record["nfe"], record["mid"]
+    z = noise((n, *shape), device, seed, "sample", draw, 0)
+    z_mid = noise((n, *shape), device, seed, "sample", draw, 1) if nfe == 2 else None
+    for i in range(0, n, CHUNK):
+        rows = slice(i, i + CHUNK)
+        yield (
+            heun(model, z[rows], nfe, sigma)
+            if nfe > 2
+            else multistep(model, z[rows], None if z_mid is None else z_mid[rows], mid, sigma)
+        )
+
+
 def samples(
     model: Function,
     record: Mapping[str, Any],
@@ -86,50 +113,53 @@ def samples(
     draw: int,
     device: torch.device,
 ) -> Tensor:
-    """record['samples'] samples (n, ...) with record['nfe'] network evaluations."""
-    n, nfe, mid = record["samples"], record["nfe"], record["mid"]
-    z = noise((n, *shape), device, seed, "sample", draw, 0)
-    z_mid = noise((n, *shape), device, seed, "sample", draw, 1) if nfe == 2 else None
-    parts = []
-    for i in range(0, n, CHUNK):
-        rows = slice(i, i + CHUNK)
-        parts.append(
-            heun(model, z[rows], nfe, sigma)
-            if nfe > 2
-            else multistep(model, z[rows], None if z_mid is None else z_mid[rows], mid, sigma)
-        )
-    return torch.cat(parts)
+    """All of `sampled` (n, ...)."""
+    return torch.cat(list(sampled(model, record, shape, sigma, seed, draw, device)))
 
 
 # --- images ---
 
 
 @cache
-def extractor(name: str, device: torch.device) -> torch.nn.Module:
-    """A shipped extractor on a device."""
-    return load_extractor(name).to(device)
+def extractor(
+    identity: str, device: torch.device, weights: str | None = None
+) -> torch.nn.Module:
+    """The extractor NAME:DIGEST on a device. weights: the user's file, where it has one."""
+    if is_inception(identity):
+        return inception.load(identity, weights).to(device)
+    return load_extractor(identity.partition(":")[0]).to(device)
 
 
 @torch.no_grad()
-def features(images: Tensor, name: str) -> Tensor:
-    """Features (n, F) on the CPU of uint8 images (n, C, S, S)."""
-    net = extractor(name, images.device)
-    return torch.cat([net(part) for part in images.split(CHUNK)]).cpu()
+def features(images: Tensor, net: torch.nn.Module) -> Tensor:
+    """Features (n, F) on the CPU, by an extractor, of uint8 images (n, C, S, S)."""
+    return torch.cat([net(part).cpu() for part in images.split(CHUNK)])
 
 
 @torch.no_grad()
-def classes(images: Tensor, name: str) -> Tensor:
-    """Class logits (n, classes) on the CPU, by the extractor's classifier, of images (n, C, S,
-    S)."""
-    net = extractor(name, images.device)
-    parts = to_uint8(images).split(CHUNK)
-    return torch.cat([net.classes(part) for part in parts]).cpu()
+def classes(images: Tensor, net: torch.nn.Module) -> Tensor:
+    """Class logits (n, classes) on the CPU, by the extractor's classifier, of uint8 images (n, C,
+    S, S)."""
+    return torch.cat([net.classes(part).cpu() for part in images.split(CHUNK)])
+
+
+# numpy's own threads would wait for those of other workers, for longer than they save, and sums
+# would depend on how many there are.
+@threadpool_limits.wrap(limits=1)
+def statistics(features: Tensor) -> Statistics:
+    """Mean and covariance (float64) of features (n, F), by torch-fidelity."""
+    return fid_features_to_statistics(features)
+
+
+@threadpool_limits.wrap(limits=1)
+def frechet(a: Statistics, b: Statistics) -> float:
+    """Frechet distance of two Gaussians, by torch-fidelity."""
+    return float(fid_statistics_to_metric(a, b, verbose=False)[FID])
 
 
 def fid(a: Tensor, b: Tensor) -> float:
     """Frechet distance of two feature sets (n, F), by torch-fidelity."""
-    stats = [fid_features_to_statistics(f) for f in (a, b)]
-    return float(fid_statistics_to_metric(*stats, verbose=False)[FID])
+    return frechet(statistics(a), statistics(b))
 
 
 def kid(a: Tensor, b: Tensor) -> float:
@@ -137,23 +167,6 @@ def kid(a: Tensor, b: Tensor) -> float:
     torch-fidelity."""
     out = kid_features_to_metric(a, b, kid_subsets=1, kid_subset_size=len(a), verbose=False)
     return float(out[KID])
-
-
-def references(dataset: Dataset, n: int) -> dict[str, Tensor]:
-    """n training and n held-out images: a fixed choice, the same for every run and study. Of
-    endless data the first are n draws of the population, the same on every device."""
-    result = {}
-    for name, x in (("train", dataset.train), ("held_out", dataset.held_out)):
-        generator = torch.Generator().manual_seed(seeds.number(0, "reference", name))
-        if x is None:
-            result[name] = dataset.to(torch.device("cpu")).fresh(n, generator)
-            continue
-        order = torch.randperm(len(x), generator=generator)
-        if len(x) < n:
-            raise StudyError(f"{n} samples asked for, and the data have {len(x)} {name} images to "
-                             "compare them with")  # fmt: skip
-        result[name] = x[order[:n].to(x.device)]
-    return result
 
 
 # --- vectors ---

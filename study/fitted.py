@@ -19,20 +19,18 @@ import io
 import math
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from study import factors
 from study.data import Dataset, load, to_float, to_uint8
 from study.errors import StudyError
-from study.folder import cache_folder
+from study.folder import kept
 from study.identity import digest
 from study.lowrank import LowRankMixture
 from study.store import write_bytes
@@ -111,23 +109,16 @@ def _components(
 def density(real: Dataset, components: int, rank: int) -> LowRankMixture:
     """The mixture fitted to a data set's training images, fitted once and then read.
 
-    A file that is torn, or is not what was written, is made again. One process fits while others
-    that want the same wait; without a folder that can be written each fits for itself, with a
-    warning.
+    A file that is torn, or is not what was written, is made again.
     """
     settings = {"fit": FIT, "data": real.digest, "components": components, "rank": rank}
-    path = cache_folder() / f"fitted-{digest(settings, 16)}.bin"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
-            found = unpacked(path.read_bytes()) if path.exists() else None
-            if found is None:
-                found = fit(to_float(real.train), components, rank)
-                write_bytes(path, packed(found))
-            return found
-    except OSError as error:
-        warnings.warn(f"{path}: the fit can't be kept ({error})", stacklevel=2)
-        return fit(to_float(real.train), components, rank)
+    return kept(
+        f"fitted-{digest(settings, 16)}.bin",
+        "the fit",
+        lambda path: unpacked(path.read_bytes()) if path.exists() else None,
+        lambda: fit(to_float(real.train), components, rank),
+        packed,
+    )
 
 
 def packed(mixture: LowRankMixture) -> bytes:

@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -38,6 +38,8 @@ HELD_OUT = ("held_out", "test", "val")  # the first that is there; the others ar
 TABLE = "dataset.json"
 SIDE = 1024  # pixels; an image that says it has more is not decoded
 LARGEST = 1 << 27  # bytes of one file or archive member
+
+T = TypeVar("T")
 
 
 class Source(NamedTuple):
@@ -233,29 +235,51 @@ def cache_folder() -> Path:
     return (given if given.is_absolute() else Path.home() / ".cache") / "consistency-gap"
 
 
-def _kept(source: Source, names: list[str]) -> np.ndarray:
-    """The decoded images, from the cache unless the path, size or times of a file are others.
+def kept(
+    name: str,
+    what: str,
+    read: Callable[[Path], T | None],
+    make: Callable[[], T],
+    packed: Callable[[T], bytes],
+) -> T:
+    """What a file of the cache folder holds, made where `read` finds none in it.
 
-    One process decodes while others that want the same wait; without a folder that can be written
-    each decodes for itself, with a warning.
+    One process makes it while others that want the same wait; without a folder that can be written
+    each makes its own, with a warning that `what` can't be kept.
     """
-    stamps = [(name, *source.files[name]) for name in names]
-    listing = repr((DECODER, str(source.root.resolve()), stamps)).encode()
-    path = cache_folder() / f"images-{hashlib.sha256(listing).hexdigest()[:16]}.npz"
-    images = _cached(path, len(names))  # needs no lock, so also a folder that is only readable
-    if images is not None:
-        return images
+    path, found = cache_folder() / name, None
     try:
+        found = read(path)  # needs no lock, so also a folder that is only readable
+        if found is not None:
+            return found
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
-            images = _cached(path, len(names))
-            if images is None:
-                images, file = _decode(source, names), io.BytesIO()
-                np.savez(file, images=images)
-                write_bytes(path, file.getvalue())
+            found = read(path)
+            if found is None:
+                found = make()
+                write_bytes(path, packed(found))
     except (OSError, MemoryError) as error:
-        warnings.warn(f"{path}: the decoded images can't be kept ({error})", stacklevel=3)
-    return _decode(source, names) if images is None else images
+        warnings.warn(f"{path}: {what} can't be kept ({error})", stacklevel=3)
+    return make() if found is None else found
+
+
+def _kept(source: Source, names: list[str]) -> np.ndarray:
+    """The decoded images, from the cache unless the path, size or times of a file are others."""
+    stamps = [(name, *source.files[name]) for name in names]
+    listing = repr((DECODER, str(source.root.resolve()), stamps)).encode()
+
+    def packed(images: np.ndarray) -> bytes:
+        file = io.BytesIO()
+        np.savez(file, images=images)
+        return file.getvalue()
+
+    return kept(
+        f"images-{hashlib.sha256(listing).hexdigest()[:16]}.npz",
+        "the decoded images",
+        lambda path: _cached(path, len(names)),
+        lambda: _decode(source, names),
+        packed,
+    )
 
 
 def _cached(path: Path, count: int) -> np.ndarray | None:

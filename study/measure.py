@@ -1,7 +1,8 @@
 """Measuring a trained run: what is due, from its snapshots, one atomic file each.
 
 A measurement is a pure function of a snapshot and a settings record. Those of one snapshot share
-its samples and their features.
+its samples and their features, the latest of which are kept: 50 000 images and their features in
+InceptionV3 are half a GB.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,16 +19,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from study import evaluate, instruments, oracle, probes, trajectories
+from study import evaluate, instruments, oracle, probes, reference, trajectories
 from study.data import Dataset, to_uint8
+from study.extractors.names import is_inception
 from study.factors import Denoising
 from study.models import Lookup, finished, knowledge, level_range
-from study.settings import HEUN_NFE, PROBES
+from study.settings import HEUN_NFE, PROBES, Settings
 from study.spec import Run
 from study.store import Folder, write_bytes, write_json
 from study.weights import snapshot_name
 
 LAST = snapshot_name(1.0)
+KEEP = 1 << 31  # bytes of samples, of images and of features each that a snapshot keeps
 GRID, PIXELS, FRAME = 8, 320, 96  # samples.png: images a side, width in pixels, frame's grey
 
 
@@ -48,50 +51,73 @@ class Snapshot:
         self.sigma = level_range(factors, dataset)
         rows = min(factors.batch, evaluate.CHUNK)
         self.model = finished(factors, folder, dataset, device, rows, at, ema)
-        self.samples = cache(self._samples)
-        self.features = cache(self._features)
+        self.samples = latest(lambda *address: torch.cat(list(self._sampled(*address))))
+        self.images = latest(
+            lambda *address: torch.cat([to_uint8(part) for part in self._sampled(*address)])
+        )
+        self.features = latest(
+            lambda net, *address: evaluate.features(self.images(*address), net)
+        )
+        self.statistics = cache(
+            lambda net, *address: evaluate.statistics(self.features(net, *address))
+        )
 
-    def _samples(self, n: int, nfe: int, mid: float | None, draw: int) -> Tensor:
+    def _sampled(self, n: int, nfe: int, mid: float | None, draw: int) -> Iterator[Tensor]:
         record = {"samples": n, "nfe": nfe, "mid": mid}
-        return evaluate.samples(
+        return evaluate.sampled(
             self.model, record, self.dataset.shape, self.sigma, self.run.seed, draw, self.device
         )
 
-    def _features(self, extractor: str, *address: object) -> Tensor:
-        return evaluate.features(to_uint8(self.samples(*address)), extractor)
 
-    def classes(self, extractor: str, *address: object) -> Tensor:
-        """The extractor's class logits (n, classes) of samples."""
-        return evaluate.classes(to_uint8(self.samples(*address)), extractor)
+def latest(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """make(*key), its latest results kept up to KEEP bytes, the last one always."""
+    results: dict[tuple, Tensor] = {}
+
+    def get(*key: object) -> Tensor:
+        results[key] = results.pop(key) if key in results else make(*key)
+        while len(results) > 1 and sum(x.nbytes for x in results.values()) > KEEP:
+            del results[next(iter(results))]
+        return results[key]
+
+    return get
 
 
 def distances(
-    record: Mapping[str, Any], one: Callable[[int], float], floor: float
+    record: Mapping[str, Any], one: Callable[[int], float], floor: float | None
 ) -> dict[str, Any]:
-    """A distance over sampling draws: their mean, each of them, and real against real."""
+    """A distance over sampling draws: their mean, each of them, and real against real, where
+    there are images enough for it."""
     draws = [one(draw) for draw in range(record["draws"])]
     return {"value": sum(draws) / len(draws), "draws": draws, "floor": floor}
 
 
-def values(snapshot: Snapshot, record: Mapping[str, Any]) -> dict[str, Any]:
-    """The measurement that a settings record asks of a snapshot."""
-    dataset, kind = snapshot.dataset, record["kind"]
+def values(snapshot: Snapshot, settings: Settings) -> dict[str, Any]:
+    """The measurement that settings ask of a snapshot."""
+    dataset, record = snapshot.dataset, settings.record
+    kind, n = record["kind"], record.get("samples")
+    if "extractor" in record:
+        net = evaluate.extractor(record["extractor"], snapshot.device, settings.weights)
 
     def made(draw: int) -> tuple:
-        return record["samples"], record["nfe"], record["mid"], draw
+        return n, record["nfe"], record["mid"], draw
 
-    if kind in ("fid", "kid"):
-        distance = {"fid": evaluate.fid, "kid": evaluate.kid}[kind]
-        name, n = record["extractor"].partition(":")[0], record["samples"]
-        real = reference_features(dataset, n, name)
+    if kind == "fid":
+        real = reference.statistics(dataset, n, record["reference"], net)
         return distances(
             record,
-            lambda draw: distance(snapshot.features(name, *made(draw)), real[record["reference"]]),
-            distance(real["held_out"], real["train"]),
+            lambda draw: evaluate.frechet(snapshot.statistics(net, *made(draw)), real),
+            reference.floor(kind, dataset, n, net),
+        )
+    if kind == "kid":
+        real = reference.features(dataset, n, record["reference"], net)
+        return distances(
+            record,
+            lambda draw: evaluate.kid(snapshot.features(net, *made(draw)), real),
+            reference.floor(kind, dataset, n, net),
         )
     if kind == "sliced_wasserstein":
         generator = torch.Generator(snapshot.device)
-        real = [dataset.fresh(record["samples"], generator.manual_seed(i)) for i in range(2)]
+        real = [dataset.fresh(n, generator.manual_seed(i)) for i in range(2)]
         projections = record["projections"]
         return distances(
             record,
@@ -115,14 +141,13 @@ def values(snapshot: Snapshot, record: Mapping[str, Any]) -> dict[str, Any]:
             "weights": true.tolist(),
         }
     if kind == "coverage":
-        name, n = record["extractor"].partition(":")[0], record["samples"]
-        real = reference_features(dataset, n, name)["train"]
-        return {
-            **evaluate.coverage(snapshot.features(name, *made(0)), real, record["neighbours"]),
-            **evaluate.class_histogram(
-                snapshot.classes(name, *made(0)), reference_classes(dataset, n, name)
-            ),
-        }
+        pair = snapshot.features(net, *made(0)), reference.features(dataset, n, "train", net)
+        if is_inception(record["extractor"]):  # its classes are ImageNet's, not the data's
+            pair = (x.to(snapshot.device) for x in pair)  # 2048 features are slow on a CPU
+            return evaluate.coverage(*pair, record["neighbours"])
+        near = evaluate.coverage(*pair, record["neighbours"])
+        logits = evaluate.classes(snapshot.images(*made(0)), net)
+        return near | evaluate.class_histogram(logits, reference.classes(dataset, n, net))
     if kind == "memorisation":
         return evaluate.memorisation(snapshot.samples(*made(0)), dataset.train, dataset.held_out)
     if kind == "pushforward":
@@ -135,23 +160,15 @@ def values(snapshot: Snapshot, record: Mapping[str, Any]) -> dict[str, Any]:
         return result | {"value": result["w2"]}
     assert kind == "map_error", kind
     return probes.map_error(
-        snapshot.model, dataset, snapshot.sigma, record["sigmas"], record["samples"]
+        snapshot.model, dataset, snapshot.sigma, record["sigmas"], n
     )
 
 
-@cache
-def reference_features(dataset: Dataset, n: int, name: str) -> dict[str, Tensor]:
-    """Features of the reference images, n of each part."""
-    return {
-        part: evaluate.features(to_uint8(x.to(dataset.held_out.device)), name)
-        for part, x in evaluate.references(dataset, n).items()
-    }
-
-
-@cache
-def reference_classes(dataset: Dataset, n: int, name: str) -> Tensor:
-    """Class logits of n training images."""
-    return evaluate.classes(evaluate.references(dataset, n)["train"], name)
+def together(settings: Settings, first: float) -> tuple:
+    """What orders measurements so that those of one snapshot, and in it of one number of steps,
+    follow each other, the weights that samples.png shows last."""
+    ema = settings.record.get("ema")
+    return settings.at, ema == first, str(ema), settings.record.get("nfe") or 0
 
 
 def measure(
@@ -170,8 +187,9 @@ def measure(
         lambda i: finished(sources[i].recipe.factors, lookup(i), dataset, device, rows)
     )
     paths = cache(lambda ids: instruments.denoisers(ids, dataset, teacher))
-    snapshot = cache(lambda at, ema: Snapshot(run, folder, dataset, device, at, ema))
-    due = folder.due(run, thorough=True)
+    snapshot = lru_cache(1)(lambda at, ema: Snapshot(run, folder, dataset, device, at, ema))
+    first = run.recipe.factors.weights_ema[0]
+    due = sorted(folder.due(run, thorough=True), key=lambda s: together(s, first))
     for settings in due:  # a torn one must not pass for a made one if making it fails
         folder.file(f"measures/{settings.file}").unlink(missing_ok=True)
     for settings in due:
@@ -207,7 +225,7 @@ def measure(
                 record.get("batch"),
             )
         else:
-            result = values(snapshot(settings.at, record["ema"]), record)
+            result = values(snapshot(settings.at, record["ema"]), settings)
         write_json(
             folder.file(f"measures/{settings.file}"),
             {
@@ -221,8 +239,7 @@ def measure(
             },
         )
     if 1.0 in points and not folder.file("samples.png").exists():
-        last = snapshot(1.0, run.recipe.factors.weights_ema[0])
-        write_bytes(folder.file("samples.png"), picture(last))
+        write_bytes(folder.file("samples.png"), picture(snapshot(1.0, first)))
     return True
 
 

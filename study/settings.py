@@ -8,17 +8,15 @@ file. Variants are measured along training, sources at their end only; a denoisi
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field, replace
 from itertools import product
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 from msgspec import Meta, Struct
 
-from study.errors import StudyError, nearest
+from study.extractors.names import extractor_identity
 from study.factors import (
     Consistency,
     Continuous,
@@ -39,7 +37,6 @@ from study.identity import canonical, difference, digest
 from study.meaning import endless, ignored
 
 HEUN_NFE = 35
-EXTRACTORS = Path(__file__).with_name("extractors")
 Points = Annotated[tuple[Share, ...], Meta(min_length=1)]
 Steps = Annotated[tuple[Annotated[int, Meta(ge=1, le=2)], ...], Meta(min_length=1)]
 Lengths = Annotated[tuple[float, ...], Meta(min_length=1)]
@@ -47,13 +44,17 @@ Levels = Annotated[int, Meta(ge=2, le=1000)]
 Batches = Annotated[int, Meta(ge=4, le=10_000)]
 Draws = Annotated[int, Meta(ge=1, le=100)]
 Samples = Annotated[int, Meta(ge=8, le=1_000_000)]
+Parts = Annotated[tuple[Literal["train", "held_out"], ...], Meta(min_length=1)]
 
 
 class Fid(Value, frozen=True):
-    """Frechet distance in the features of a named extractor, mean over sampling draws."""
+    """Frechet distance in the features of a named extractor, mean over sampling draws, to as many
+    images of each `reference`. weights: file of inception-v3-compat's; null: downloaded."""
 
     extractor: str
     samples: Samples
+    weights: str | None = None
+    reference: Parts = ("train", "held_out")
     nfe: Steps = (1, 2)
     mid: Positive = 0.821  # noise level of the second step (ECT's for CIFAR-10)
     draws: Draws = 3
@@ -66,6 +67,8 @@ class Kid(Value, frozen=True):
 
     extractor: str | None = None
     samples: Samples | None = None
+    weights: str | None = None
+    reference: Parts | None = None
     nfe: Steps | None = None
     mid: Positive | None = None
     draws: Draws | None = None
@@ -180,10 +183,11 @@ class Memorisation(Value, frozen=True):
 
 class Coverage(Value, frozen=True):
     """Precision and recall (k nearest neighbours in the extractor's features) and the histogram of
-    classes that its classifier sees, against training images; null: as in `fid`."""
+    classes that its classifier, if in-domain, sees, against training images; null: as in `fid`."""
 
     extractor: str | None = None
     samples: Samples | None = None
+    weights: str | None = None
     neighbours: Annotated[int, Meta(ge=1, le=100)] = 3
     nfe: Steps = (1,)
     mid: Positive = 0.821
@@ -237,18 +241,20 @@ def named_sources(value: object) -> list[str]:
 
 @dataclass(frozen=True)
 class Settings:
-    """One measurement asked of a run: its progress and its settings record."""
+    """One measurement asked of a run: its progress and its settings record; outside of both, where
+    the extractor's weights lie."""
 
     at: float
     record: Mapping[str, Any]
     consults: tuple[str, ...] = ()  # names of sources; ids once the seed is known
+    weights: str | None = field(default=None, compare=False)
 
     def resolved(self, ids: Mapping[str, str]) -> Settings:
         """The same of one seed, every source by its id."""
         if not self.consults:
             return self
         record = _by_id(self.record, ids)
-        return Settings(self.at, record, tuple(ids[name] for name in self.consults))
+        return replace(self, record=record, consults=tuple(ids[name] for name in self.consults))
 
     @property
     def file(self) -> str:
@@ -266,29 +272,27 @@ def _by_id(value: Any, ids: Mapping[str, str]) -> Any:  # noqa: ANN401
     return value
 
 
-@cache
-def extractor_identity(name: str, where: str = "extractor") -> str:
-    """NAME:DIGEST of a shipped extractor's weights. Raises StudyError for an unknown name."""
-    path = EXTRACTORS / f"{name}.pt"
-    known = [p.stem for p in EXTRACTORS.glob("*.pt")]
-    if name not in known:
-        raise StudyError(f"{where}: {name!r}; {nearest(name, known)}")
-    return f"{name}:{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
+def filled(measure: Measure, kind: str) -> Any:  # noqa: ANN401
+    """What is asked of a kind, what it leaves open taken from the fid."""
+    ask, fid = getattr(measure, kind), measure.fid
+    if kind not in IN_FEATURES or ask is None or fid is None:
+        return ask
+    own = ask.extractor not in (None, fid.extractor)  # whose weights are its own as well
+    left = [f for f in ask.__struct_fields__ if getattr(ask, f) is None and hasattr(fid, f)]
+    shared = {f: getattr(fid, f) for f in left if not (own and f == "weights")}
+    return msgspec.structs.replace(ask, **shared)
 
 
 def settings_of(measure: Measure, factors: Factors, role: str) -> Iterator[Settings]:
     """Every measurement of this recipe's own snapshots."""
     for kind in measure.__struct_fields__:
-        ask = getattr(measure, kind)
+        ask = filled(measure, kind)
         if kind in ("at", "score_error") or ask is None or not applies(kind, factors, role):
             continue
         plain = {
             f: difference(v) if isinstance(v := getattr(ask, f), Struct) else v
             for f in ask.__struct_fields__
         }
-        if kind in IN_FEATURES and measure.fid:
-            shared = {f: getattr(measure.fid, f) for f in plain if hasattr(measure.fid, f)}
-            plain = {f: shared.get(f) if v is None else v for f, v in plain.items()}
         points = plain.pop("at") or measure.at
         points = points if along(factors, role) else (1.0,)
         asked = plain.pop("ema", None)  # of variants; of a source, the weights that others read
@@ -297,9 +301,10 @@ def settings_of(measure: Measure, factors: Factors, role: str) -> Iterator[Setti
         steps = plain.pop("nfe", (None,))
         if steps != (None,) and isinstance(factors.objective, Denoising):
             steps = (HEUN_NFE,)
+        weights = plain.pop("weights", None)
         if "extractor" in plain:
-            plain["extractor"] = extractor_identity(plain["extractor"])
-        against = ("train", "held_out") if kind in ("fid", "kid") else (None,)
+            plain["extractor"] = extractor_identity(plain["extractor"], weights)
+        against = dict.fromkeys(plain.pop("reference", (None,)))
         consults = tuple(dict.fromkeys(named_sources(ask)))
         for at in points:
             for ema, nfe, reference in product(lengths, steps, against):
@@ -308,7 +313,7 @@ def settings_of(measure: Measure, factors: Factors, role: str) -> Iterator[Setti
                     record |= {"nfe": nfe, "mid": plain["mid"] if nfe == 2 else None}
                 if reference is not None:
                     record["reference"] = reference
-                yield Settings(at, record, consults)
+                yield Settings(at, record, consults, weights)
 
 
 def applies(kind: str, factors: Factors, role: str) -> bool:

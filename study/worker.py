@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from study import data
+from study import data, reference
 from study.errors import StudyError
 from study.factors import Data
 from study.identity import SCHEMA, complete
@@ -128,6 +128,8 @@ def work(run: Run, sources: Mapping[str, Run], folders: Mapping[str, Folder], de
                 dataset = load(factors.data, place, factors.augment == "flip")
                 inputs = check_inputs(run, folders.__getitem__, dataset)
                 arguments = run, sources, folders.__getitem__, dataset, place, lambda: stopping
+                if folder.trained is None:
+                    reference.check(run.measures, dataset)
                 try:
                     finished = folder.trained is not None or train(*arguments, inputs)
                 except torch.OutOfMemoryError:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from analysis import ledger
 from analysis.load import load as load_results
-from study import data, evaluate, probes, run
+from study import data, probes, reference, run
 from study.data import Dataset, Draws, to_float
 from study.errors import StudyError
 from study.factors import Digits, Empirical, KSample, Sigma, SingleSample
@@ -141,8 +141,9 @@ def test_what_samples_are_compared_with_is_not_mirrored() -> None:
     plain = data.load(Digits())
     flipped = replace(plain, flip=True).to(torch.device("cpu"))
     assert flipped.flip and flipped.digest == plain.digest and flipped.std == plain.std
-    for part, x in evaluate.references(flipped, 300).items():
-        assert torch.equal(x, evaluate.references(plain, 300)[part])
+    for part in ("train", "held_out"):
+        x, y = (reference.images(dataset, 300, part) for dataset in (flipped, plain))
+        assert torch.equal(x, y)
     assert law_of(flipped).x.shape == (1994, 1, 8, 8)
     assert torch.equal(law_of(flipped).x[:997], to_float(plain.train))
 

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torch_fidelity import registry
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
-from study import data, evaluate
+from study import data, evaluate, reference
 from study.data import Dataset
 from study.errors import StudyError
 from study.evaluate import (
@@ -271,22 +271,28 @@ def test_fid_of_a_shift_is_its_square() -> None:
 
 def test_references_are_a_fixed_choice_of_different_images() -> None:
     dataset = data.load(Digits())
-    one, same = (evaluate.references(dataset, 100) for _ in range(2))
-    assert set(one) == {"train", "held_out"}
     for part, whole in (("train", dataset.train), ("held_out", dataset.held_out)):
-        assert torch.equal(one[part], same[part])
-        assert len(one[part].unique(dim=0)) == 100
-        apart = torch.cdist(one[part].flatten(1).float(), whole.flatten(1).float())
+        one, same = (reference.images(dataset, 100, part) for _ in range(2))
+        assert torch.equal(one, same)
+        assert len(one.unique(dim=0)) == 100
+        apart = torch.cdist(one.flatten(1).float(), whole.flatten(1).float())
         assert (apart.min(1).values == 0).all()
-        assert torch.equal(evaluate.references(dataset, 30)[part], one[part][:30])
+        assert torch.equal(reference.images(dataset, 30, part), one[:30])
+        every = reference.images(dataset, len(whole), part)
+        assert torch.equal(every.unique(dim=0), whole.unique(dim=0))
+    with pytest.raises(StudyError, match=r"401 samples.*400 held_out images.*reference: \[train"):
+        reference.images(dataset, 401, "held_out")
+    with pytest.raises(StudyError, match="998 samples.*997 train images"):
+        reference.images(dataset, 998, "train")
 
 
 def test_features_are_the_extractors_in_any_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     images = data.load(Digits()).held_out[:50]
-    whole = evaluate.features(images, "digits-cnn")
+    net = evaluate.extractor("digits-cnn", images.device)
+    whole = evaluate.features(images, net)
     assert whole.shape == (50, 32) and whole.std(0).min() > 0
     monkeypatch.setattr(evaluate, "CHUNK", 8)
-    torch.testing.assert_close(evaluate.features(images, "digits-cnn"), whole)
+    torch.testing.assert_close(evaluate.features(images, net), whole)
 
 
 def test_samples_of_an_exact_model_have_the_floors_distance() -> None:

@@ -14,10 +14,9 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from studies import read, write
 
-from study import data, fitted
+from study import data, fitted, reference
 from study.data import Dataset, Draws, to_float
 from study.errors import StudyError
-from study.evaluate import references
 from study.factors import Analytic, Digits, FittedMixture, Sigma, SingleSample
 from study.lowrank import LowRankMixture
 from study.probes import score_error
@@ -178,13 +177,6 @@ def test_without_a_cache_folder_it_warns_and_fits(
         assert content(fitted.density(digits, 5, 2)) == content(kept)
 
 
-def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/someone")
-    for given in ("", "relative/folder"):
-        monkeypatch.setenv("XDG_CACHE_HOME", given)
-        assert fitted.cache_folder() == Path("/home/someone/.cache/consistency-gap")
-
-
 # --- the data set ---
 
 
@@ -206,8 +198,9 @@ def test_endless_and_finite_data_have_the_shape_of_images(endless: Dataset) -> N
 
 
 def test_references_of_endless_data_are_one_draw_of_the_population(endless: Dataset) -> None:
-    first, second = references(endless, 300), references(endless, 300)
-    for part in ("train", "held_out"):
+    parts = ("train", "held_out")
+    first, second = ({p: reference.images(endless, 300, p) for p in parts} for _ in range(2))
+    for part in parts:
         assert first[part].shape == (300, 1, 8, 8)
         assert torch.equal(first[part], second[part])
     assert torch.cdist(first["train"].flatten(1), first["held_out"].flatten(1)).min() > 0
@@ -283,7 +276,7 @@ def test_a_bare_name_is_short_for_its_kind_and_every_field_enters_the_id(tmp_pat
     ("of: digits", "of: {kind: digits, root: x}", "base.data.of"),
     ("rank: 4", "rank: 64", "base.data.rank"),
     ("components: 12", "components: 0", "base.data.components"),
-    ("held_out: 100", "held_out: 99", "100 samples.*99 images"),
+    ("held_out: 100", "held_out: 99", r"100 samples.*99 images in held_out.*reference: \[train\]"),
     ("held_out: 100", "held_out: 100, samples: 80", "100 samples.*80 images"),
     ("of: digits", "of: fashion_mnist", "not an extractor for fashion_mnist"),
     ("score: analytic", "score: empirical", "finite data"),

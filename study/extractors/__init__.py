@@ -1,1 +1,1 @@
-"""In-domain feature extractors, shipped with the script that trained them."""
+"""Feature extractors: in-domain ones with the script that trained them, and InceptionV3."""
