@@ -85,14 +85,16 @@ def samples(
     seed: int,
     draw: int,
     device: torch.device,
+    chunk: int = CHUNK,
 ) -> Tensor:
-    """record['samples'] samples (n, ...) with record['nfe'] network evaluations."""
+    """record['samples'] samples (n, ...) with record['nfe'] network evaluations, `chunk` at a
+    time."""
     n, nfe, mid = record["samples"], record["nfe"], record["mid"]
     z = noise((n, *shape), device, seed, "sample", draw, 0)
     z_mid = noise((n, *shape), device, seed, "sample", draw, 1) if nfe == 2 else None
     parts = []
-    for i in range(0, n, CHUNK):
-        rows = slice(i, i + CHUNK)
+    for i in range(0, n, chunk):
+        rows = slice(i, i + chunk)
         parts.append(
             heun(model, z[rows], nfe, sigma)
             if nfe > 2

@@ -19,6 +19,7 @@ from rich.console import Console
 from study.errors import StudyError, nearest
 from study.factors import FashionMnist, Images
 from study.launch import Launcher, devices
+from study.places import present, weights_file
 from study.progress import Display, label, state_table
 from study.resolve import load
 from study.spec import Run, Study
@@ -118,6 +119,17 @@ def fetch_data(study: Study) -> None:
             folder.load(Path(data.root), data.held_out)
 
 
+def check_weights(store: Store, wanted: list[Run], thorough: bool) -> None:
+    """The files that runs to be trained begin with are there; thorough: and are what they say."""
+    untrained = [r for r in wanted if store.folders[r.id].trained is None]
+    for path in {p for r in untrained if (p := weights_file(r.recipe.factors))}:
+        present(path)
+        if thorough:
+            from study import interop  # torch, which --plan and --status do without
+
+            interop.read(path)
+
+
 def forecast(store: Store, new: list[Run]) -> tuple[float, int] | None:
     """Seconds to train `new`, and how many finished runs of the study that stands on.
 
@@ -176,11 +188,13 @@ def main(arguments: list[str] | None = None) -> int:
         study = load(options.study, tuple(options.set))
         store, wanted = Store(options.results, study), chosen(study, options.only)
         if options.plan:
+            check_weights(store, wanted, thorough=False)
             show_plan(console, store, wanted)
             return 0
         if not options.status:
             slots = devices(options.device, options.workers)
             fetch_data(study)
+            check_weights(store, wanted, thorough=True)
             store.write_study(options.study)
             done = {i for i, s in store.states(thorough=True).items() if s == "done"}
             display = Display(console, wanted, done)
