@@ -25,8 +25,10 @@ from study.pickles import restricted
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save's older format begins
 NO_CALLS = (
     "PROTO LONG1 BININT BININT1 BININT2 NONE NEWTRUE NEWFALSE BINUNICODE MARK EMPTY_DICT "
-    "EMPTY_LIST EMPTY_TUPLE TUPLE SETITEM SETITEMS APPEND APPENDS BINPUT BINPERSID STOP"
+    "EMPTY_LIST EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 SETITEM SETITEMS APPEND APPENDS BINPUT "
+    "BINGET BINPERSID STOP"
 ).split()
+STORAGE_STEPS = 1000  # of a pickle that describes a storage; torch takes some 50
 MOST = 100_000  # modules and tensors of one network, counted as often as they are reached
 LONGEST = 500  # letters of a name
 
@@ -143,7 +145,9 @@ def _check_storage(data: bytes) -> None:
         raise UnpicklingError("bytes that torch.save did not write, where a storage belongs")
     stream = io.BytesIO(data)
     for _ in range(5):
-        for opcode, argument, _ in pickletools.genops(stream):
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+            if count > STORAGE_STEPS:
+                raise UnpicklingError("a storage described at endless length")
             if opcode.name == "GLOBAL" and re.fullmatch(r"torch \w+Storage", argument):
                 continue
             if opcode.name not in NO_CALLS:

@@ -23,6 +23,8 @@ from study.models import function_of
 from study.store import Folder, read_json
 from study.weights import snapshot_at
 
+MOST = 4096  # pixels a side, or numbers of a vector
+
 
 @dataclass(frozen=True)
 class Saved:
@@ -114,6 +116,8 @@ def _from_file(path: Path, ema: str | None) -> Saved:
             f"{path}: it does not say what network its weights are of; name it as a run's first "
             "weights (init: {weights: PATH}), whose study says so"
         )
+    if len(outside.shape) not in (1, 3) or not all(0 < n <= MOST for n in outside.shape):
+        raise StudyError(f"{path}: x of shape {outside.shape}; (d,) or (C, S, S) up to {MOST}")
     sigma, known = Sigma(), outside.sigma
     low, high = max(sigma.min, known.get("min", 0)), min(sigma.max, known.get("max", sigma.max))
     levels: dict[str, Any] = {**known, "min": low, "max": high}

@@ -239,6 +239,7 @@ def bombs() -> dict[str, bytes]:
     long, kept = "n" * 1_000_000, nn.Parameter(numbers(1))
     named = module(**{f"p{i}": module(**{long: kept}) for i in range(4000)})
     once = told * 1000
+    deep = told[: told.index(b".") + 1] + b"\x80\x02M\xe9\x03.\x80\x02})" + b"\x85" * 1_000_000
     return {
         "a place of memory": b"\x80\x04Nr\x00\x00\x00\x0f.",
         "a place of memory, protocol 0": b"Np999999999\n.",
@@ -247,6 +248,7 @@ def bombs() -> dict[str, bytes]:
         "a frame": b"\x80\x04\x95" + struct.pack("<Q", 1 << 34) + b"N.",
         "nesting": b"\x80\x04})" + b"\x85" * 1_000_000 + b"Ns.",
         "a declared storage": pickle.dumps(Calls(load, huge)),
+        "nesting in a storage": pickle.dumps(Calls(load, deep + b"Ns.")),
         "one storage many times": pickle.dumps([Calls(load, once) for _ in range(3000)]),
         "modules doubled at every level": network(doubled),
         "a long name many times": network(named),
