@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import pickletools
 import resource
 import struct
 import zipfile
@@ -127,6 +128,18 @@ def hit(folder: Path) -> str:
     return f"touch {folder / 'executed'}"
 
 
+def storage(of: Tensor) -> tuple[bytes, list[int]]:
+    """A tensor's numbers as EDM's pickles hold them, and where each of the five pickles ends."""
+    values = torch.storage.TypedStorage(
+        wrap_storage=of.untyped_storage(), dtype=of.dtype, _internal=True
+    )
+    file = io.BytesIO()
+    torch.save(values, file, _use_new_zipfile_serialization=False)
+    file.seek(0)
+    ends = [[file.tell() for _ in pickletools.genops(file)][-1] for _ in range(5)]
+    return file.getvalue(), ends
+
+
 def attacks(folder: Path) -> dict[str, tuple[bytes, str]]:
     """Pickles that mean harm, each with what its refusal names."""
     mark = str(folder / "executed")
@@ -138,9 +151,9 @@ def attacks(folder: Path) -> dict[str, tuple[bytes, str]]:
     load = torch.storage._load_from_bytes
     magic = older.getvalue()[: older.getvalue().index(b".") + 1]
     build = b"ctorch._utils\n_rebuild_tensor_v2\n(N}\x8c\x08__code__Nstb."
-    values = numbers(4).untyped_storage()
+    told, parts = storage(numbers(4))
     too_far = b"\x80\x04ctorch._utils\n_rebuild_tensor_v2\n(" + pickle.dumps(
-        torch.storage.TypedStorage(wrap_storage=values, dtype=torch.float32, _internal=True)
+        Calls(load, told)
     )[2:-1] + b"K\x00K\xff\x85K\x01\x85\x89N}tR."
     dumps = pickle.dumps
     return {
@@ -165,6 +178,9 @@ def attacks(folder: Path) -> dict[str, tuple[bytes, str]]:
         "persistent id": (b"\x80\x04K\x07Q.", "outside it"),
         "persistent id, protocol 0": (b"Pname\n.", "outside it"),
         "a tensor beyond its storage": (too_far, "in a storage of 4 numbers"),
+        "a storage without numbers": (
+            dumps(Calls(load, told[: parts[3]].replace(b"K\x04Nt", b"J\x00\x00\x00\x01Nt")
+                        + b"\x80\x02].")), "larger than its bytes"),
         "no pickle": (b"GIF89a", "cannot be read"),
         "cut short": (dumps({"ema": list(range(1000))})[:-20], "cannot be read"),
     }  # fmt: skip
@@ -225,12 +241,7 @@ def network(model: Object) -> bytes:
 
 def bombs() -> dict[str, bytes]:
     """Small pickles that ask for much."""
-    load = torch.storage._load_from_bytes
-    file = io.BytesIO()
-    storage = numbers(4).untyped_storage()
-    storage = torch.storage.TypedStorage(wrap_storage=storage, dtype=torch.float32, _internal=True)
-    torch.save(storage, file, _use_new_zipfile_serialization=False)
-    told = file.getvalue()
+    load, (told, parts) = torch.storage._load_from_bytes, storage(numbers(4))
     huge = told.replace(b"K\x04Nt", b"\x8a\x05" + (1 << 33).to_bytes(5, "little") + b"Nt")
     assert huge != told
     doubled = module()
@@ -238,8 +249,9 @@ def bombs() -> dict[str, bytes]:
         doubled = module(a=doubled, b=doubled)
     long, kept = "n" * 1_000_000, nn.Parameter(numbers(1))
     named = module(**{f"p{i}": module(**{long: kept}) for i in range(4000)})
-    once = told * 1000
-    deep = told[: told.index(b".") + 1] + b"\x80\x02M\xe9\x03.\x80\x02})" + b"\x85" * 1_000_000
+    deep = b"\x80\x02})" + b"\x85" * 1_000_000 + b"Ns."
+    deep = told[: parts[1]] + deep + told[parts[2] :]
+    once = storage(numbers(250_000))[0]
     return {
         "a place of memory": b"\x80\x04Nr\x00\x00\x00\x0f.",
         "a place of memory, protocol 0": b"Np999999999\n.",
@@ -248,8 +260,8 @@ def bombs() -> dict[str, bytes]:
         "a frame": b"\x80\x04\x95" + struct.pack("<Q", 1 << 34) + b"N.",
         "nesting": b"\x80\x04})" + b"\x85" * 1_000_000 + b"Ns.",
         "a declared storage": pickle.dumps(Calls(load, huge)),
-        "nesting in a storage": pickle.dumps(Calls(load, deep + b"Ns.")),
-        "one storage many times": pickle.dumps([Calls(load, once) for _ in range(3000)]),
+        "nesting in a storage": pickle.dumps(Calls(load, deep)),
+        "one storage many times": pickle.dumps([Calls(load, once) for _ in range(500)]),
         "modules doubled at every level": network(doubled),
         "a long name many times": network(named),
     }
