@@ -111,7 +111,7 @@ def named(study: Study, table: pd.DataFrame) -> list[str]:
     found = []
     for row in _rows(table, "named"):
         factors = f" They differ in {row.differs}." if ", " in row.differs else ""
-        found.append(_where(study, row.cell) + told(study, row) + factors)
+        found.append(study.prefix(row.cell) + told(study, row) + factors)
     return found
 
 
@@ -127,7 +127,7 @@ def beside(study: Study, table: pd.DataFrame) -> list[str]:
         floors = [r for r in single if r.differs == "data_stream"]
         others = [r for r in single if r.differs != "data_stream"]
         many = len(single) + len(list(_rows(rows, "named"))) > BULLETS
-        where = _where(study, cell)
+        where = study.prefix(cell)
         found += [] if many else [where + told(study, r) for r in others]
         found += [where + _floor(r) for r in floors]
         if many and others:
@@ -148,10 +148,6 @@ def _floor(row: pd.Series) -> str:
 
 def _rows(table: pd.DataFrame, role: str) -> list[pd.Series]:
     return [row for _, row in table[table.role == role].iterrows()]
-
-
-def _where(study: Study, cell: str) -> str:
-    return f"{cell}: " if len(study.cells) > 1 else ""
 
 
 def powers(study: Study, table: pd.DataFrame) -> list[str]:

@@ -125,7 +125,7 @@ def sentences(study: Study, frame: pd.DataFrame) -> list[str]:
     """One sentence for each contrast that has a block."""
     told = []
     for row in frame[frame.n > 0].itertuples():
-        where = f"{row.cell}: " if len(study.cells) > 1 else ""
+        where = study.prefix(row.cell)
         log, name = stats.is_log(row.metric), tables.title(row.metric, row.nfe)
         show = words.percent_text if log else words.signed
         changes = {

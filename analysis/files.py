@@ -14,12 +14,15 @@ SCALARS = {  # metrics and the keys they stand under; of any other kind its valu
     "gradient_noise": {"gradient_rho": "value"},
     "gradient_cosine": {"gradient_cosine": "value"},
     "gradient_slopes": {"slope_loss": "slope_loss", "slope_gradient": "slope_gradient"},
+    "gradient_rounding": {"gradient_rounding": "value"},
     "trajectories": {"trajectory_error": "value"},
     "coverage": {"precision": "precision", "recall": "recall", "class_tv": "tv"},
     "pushforward": {"pushforward_w2": "w2", "pushforward_between": "between"}}
-REPORTED = ("gradient_rho", "gradient_cosine", "slope_loss", "slope_gradient")  # never compared
+REPORTED = ("gradient_rho", "gradient_cosine", "slope_loss", "slope_gradient",
+            "gradient_rounding")  # never compared
 AXES = {"gradient_noise": "sigma", "gradient_cosine": "sigma", "gradient_slopes": "N",
-        "trajectories": "sigma", "memorisation": "", "coverage": "class", "pushforward": "mode"}
+        "gradient_rounding": "sigma", "trajectories": "sigma", "memorisation": "",
+        "coverage": "class", "pushforward": "mode"}
 BESIDE = ("id", "at", "images", "seconds", "settings")  # keys of every file, none a measured value
 PER_SIGMA = ("variance", "variance_se", "bias2", "bias2_se", "distance2", "distance2_se",
              "held_out_loss", "held_out_loss_se", "posterior_variance", "effective_samples")

@@ -42,6 +42,10 @@ STEPS = (("step_over_c", "Step over the distance's $c$"), ("step", "Step in unit
 SLOPES = (("loss_ratio", "slope_loss", "losses' relative difference"),
           ("gradient_difference", "slope_gradient", "mean gradients' relative difference"))
 
+ROUNDING = (("Gradient", "relative error", (("error", "-"), ("bias", (0, (3, 2))))),
+            ("Step $f(x_t, t) - f^-(x_r, r)$", "relative error", (("residual_error", "-"),)),
+            ("Gradient's error over sampling noise", None, (("error_over_noise", "-"),)))
+
 
 def _names(rows: pd.DataFrame, colours: dict[str, Any]) -> list[str]:
     """The variants that have rows, in file order."""
@@ -203,6 +207,37 @@ def cosine(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any]) ->
         f"Legend: under the law of training, ± one standard error. {OWN} {BARS} "
         f"{star_text(study, cell)} "
         + stands_on(study, cell, "gradient_cosine", rows)), None
+
+
+def rounding(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any]) -> Drawn:
+    """Errors of half precision against t: of the gradient, of the step it is made of, and beside
+    the noise."""
+    rows = rows_of(study, cell, "gradient_rounding")
+    shown = [p for p in ROUNDING if any(_measured(rows, quantity) for quantity, _ in p[2])]
+    if not shown:
+        return None
+    figure, grid = _grid(len(shown))
+    for axes, (title, label, lines) in zip(grid, shown, strict=True):
+        for name in _names(rows, colours):
+            told = f"{name}: {law_of(rows[rows.name == name], 'error')}"
+            for quantity, style in lines:
+                draw(axes, _curve(rows, name, quantity), look(colours, name),
+                     told if style == "-" else None, style, positive=True)
+        if len(lines) > 1:
+            axes.plot([], [], color=INK, label="one batch")
+            axes.plot([], [], color=INK, ls=(0, (3, 2)), label="mean gradient")
+        else:
+            axes.axhline(1, color=GREY, lw=1.2)
+        axes.set(xscale="log", yscale="log", xlabel=SIGMA, ylabel=label)
+        axes.set_title(title, fontsize=10)
+    _legend(figure, grid[0])
+    return figure, (
+        "What half precision changes, against float32 at the same weights on the same batches. "
+        "Legend: the error of one batch's gradient under the law of training, ± one standard "
+        "error. Dashed: that of the mean gradient, noise removed; not drawn where noise leaves "
+        "its square negative. At 1 (line) a step is all rounding, or rounding as large as the "
+        f"noise of the batch. {OWN} {BARS} "
+        + stands_on(study, cell, "gradient_rounding", rows)), None
 
 
 def compared(study: Study, rows: pd.DataFrame) -> tuple[str, str]:

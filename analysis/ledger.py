@@ -18,7 +18,7 @@ from analysis.words import several
 
 # column, its name in a sentence, the factors that must be alike for it to have to be equal
 CHECKS = (("images_total", "own + charged images", ()), ("data_digest", "the data", ()),
-          ("stream_digest", "the images, noise and u drawn", ("data_stream", "batch")),
+          ("stream_digest", "the images, noise and u drawn", ("data_stream", "batch", "augment")),
           ("init_digest", "the random initial weights", ("network",)),
           ("parameters", "the numbers of parameters", ("network",)))
 ENVIRONMENT = (("code", "digests of the code"), ("commit", "commits"),
@@ -52,9 +52,9 @@ def audit(study: Study) -> list[Mismatch]:
     which are computed at no cost, take no part.
 
     Within a block, among variants: own + charged images; the data's digest; the digest of images,
-    noise and u among runs of one side (student or teacher), data_stream and batch; the initial
-    weights of randomly initialised runs of one network; the parameters of one network. Over the
-    study: commit, device, torch, Python, and whether the checkout was clean.
+    noise and u among runs of one side (student or teacher), data_stream, batch and augment; the
+    initial weights of randomly initialised runs of one network; the parameters of one network.
+    Over the study: commit, device, torch, Python, and whether the checkout was clean.
     """
     runs = study.runs[(study.runs.role == "variant") & (study.runs.outcome == "trained")
                       & (study.runs.same_as == "") & (study.runs.objective != "fixed_point")]

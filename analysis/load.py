@@ -72,6 +72,10 @@ class Study:
     problems: tuple[str, ...]
     strays: tuple[str, ...]  # runs whose source is no longer the one that they learned from
 
+    def prefix(self, cell: str) -> str:
+        """What a sentence about one cell begins with: its name, where there are several."""
+        return f"{cell}: " if len(self.cells) > 1 else ""
+
 
 def known(results: Path) -> list[str]:
     """Names of the studies under a results folder, sorted."""

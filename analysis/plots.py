@@ -53,6 +53,7 @@ def draw_all(study: Study, table: pd.DataFrame, folder: Path) -> dict[str, list[
                            ("gradient_step", instruments.step),
                            ("gradient_cosine", instruments.cosine),
                            ("gradient_slopes", instruments.slopes),
+                           ("gradient_rounding", instruments.rounding),
                            ("trajectories", trajectories.ends), ("drift", trajectories.drift),
                            ("fixed_points", oracle.bias), ("samples", probes.samples)):
             with matplotlib.rc_context(STYLE):

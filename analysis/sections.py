@@ -27,8 +27,10 @@ from analysis.load import Study
 
 ALT = {"gradient_noise": "noise of the gradient against t", "gradient_parts": "origins of noise",
        "gradient_step": "step size against t", "gradient_cosine": "cosine of gradients against t",
-       "gradient_slopes": "losses and gradients against N", "trajectories": "distance to the end",
-       "drift": "drift along trajectories", "fixed_points": "bias of fixed points"}
+       "gradient_slopes": "losses and gradients against N",
+       "gradient_rounding": "error of half precision against t",
+       "trajectories": "distance to the end", "drift": "drift along trajectories",
+       "fixed_points": "bias of fixed points"}
 NOISE = (("rho", "rho"), ("rho_adam", "rho, Adam's metric"), ("estimator", "estimate"),
          ("dropout", "dropout"), ("draw", "draw"), ("total", "total"), ("snr", "signal / noise"))
 COSINE = (("cosine", "cosine"), ("snr_score", "signal / noise, first"),
@@ -36,6 +38,9 @@ COSINE = (("cosine", "cosine"), ("snr_score", "signal / noise, first"),
 SLOPES = (("slope_loss", "losses, fitted"), ("predicted_slope_loss", "losses, predicted"),
           ("slope_gradient", "gradients, fitted"),
           ("predicted_slope_gradient", "gradients, predicted"))
+ROUNDING = (("error", "one batch"), ("bias", "mean gradient"),
+            ("error_over_noise", "error / noise"), ("cosine_batch", "cosine, one batch"),
+            ("residual_error", "step"), ("step_over_c", "step over c"))
 MEMORY = (("value", "nearer to training images"), ("null_se", "by luck ±"),
           ("excess", "excess, whole training set"), ("excess_null_se", "by luck ±"),
           ("nearest_train", "distance to training images"),
@@ -51,6 +56,7 @@ def sections(study: Study, figures: Callable[[str], list[Block]]) -> list[Sectio
              ("gradient_noise", "gradient_parts", "gradient_step"), noise),
             ("Direction of the gradient", ("gradient_cosine",), ("gradient_cosine",), cosine),
             ("Losses and gradients against N", ("gradient_slopes",), ("gradient_slopes",), slopes),
+            ("Half precision", ("gradient_rounding",), ("gradient_rounding",), rounding),
             ("One trajectory, one output", ("trajectories",), ("trajectories", "drift"), paths),
             ("Fixed points", ("pushforward",), ("fixed_points",), oracle.blocks),
             ("Memorisation and coverage", ("memorisation", "coverage"), (), samples)):
@@ -120,6 +126,18 @@ def slopes(study: Study, cell: str) -> list[Block]:
         f"slopes in ln N of the relative differences of losses and mean gradients of {first} and "
         f"{second}; means over seeds {ERROR}. –: no slope is predicted, or none "
         "could be fitted.")
+
+
+def rounding(study: Study, cell: str) -> list[Block]:
+    """Errors of half precision under the law of training."""
+    return _law_table(
+        study, cell, "gradient_rounding", ROUNDING, "law",
+        "gradients in each variant's own half precision against float32 ones at the same weights "
+        f"on the same batches, under the law of training; means over seeds {ERROR}. Relative "
+        "errors: of one batch's gradient (rms), of the mean gradient with noise removed (–: "
+        "noise left its square negative), and of the step f(x_t, t) - f^-(x_r, r) (rms over "
+        "images). Error / noise: over the standard deviation of a batch's gradient, far below "
+        f"which rounding is lost in the noise. {OWN}")
 
 
 def paths(study: Study, cell: str) -> list[Block]:

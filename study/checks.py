@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from study.budget import snapshot_images
+from study.domains import (
+    CHANNELS,
+    FEATURES,
+    SIDE,
+    Where,
+    check_extractors,
+    references_in,
+    references_of,
+)
 from study.errors import StudyError, nearest
 from study.factors import (
     MOST_TERMS,
@@ -13,7 +22,6 @@ from study.factors import (
     Blend,
     Consistency,
     Continuous,
-    Data,
     Denoising,
     DenoisingHead,
     EctMapping,
@@ -24,25 +32,21 @@ from study.factors import (
     FromRun,
     Frozen,
     Heun,
-    Images,
     KSample,
     Mixture,
+    Mlp,
     Own,
     PosteriorK,
     Progressive,
     Random,
     Score,
     SingleSample,
-    Unet,
     Windowed,
 )
-from study.meaning import deterministic, endless, ignored, plain_score, references
+from study.meaning import deterministic, endless, ignored, misfit, plain_score, references
 from study.settings import PROBES, Measure, extractor_identity, settings_of, snapshot_points
 from study.spec import Primary, Recipe
 
-HELD_OUT = {"digits": 400, "fashion_mnist": 10_000}  # the smaller part of each image data set
-SIDE = {"digits": 8, "fashion_mnist": 28}
-TRAIN = {"digits": 997, "fashion_mnist": 50_000}
 NEEDS = {
     "fid": "images",
     "kid": "images",
@@ -50,11 +54,9 @@ NEEDS = {
     "mode_mass": "a mixture of vectors",
     "map_error": "a mixture or fitted_mixture, whose exact map is known",
     "memorisation": "finite images",
-    "coverage": "images with an extractor",
+    "coverage": "images",
     "pushforward": "endless one-dimensional data",
 }
-
-Where = Callable[[str], str]  # file and key path, as written, of a key
 
 
 def check_recipe(
@@ -62,19 +64,25 @@ def check_recipe(
 ) -> None:
     """What holds for one recipe among the sources of its cell; where: its place in the file."""
     factors, data = recipe.factors, recipe.factors.data
+    network = factors.network
     kind = data.__struct_config__.tag
     score = None if "score" in ignored(factors) else factors.score
     if isinstance(data, Mixture):
         check_mixture(data, where)
-        if isinstance(factors.network, Unet):
-            raise StudyError(f"{where}.network: a unet needs images; use mlp on a {kind}")
+        if not isinstance(network, Mlp):
+            given = network.__struct_config__.tag
+            raise StudyError(f"{where}.network: a {given} needs images; use mlp on a {kind}")
+    if factors.augment == "flip" and isinstance(data, Mixture | FittedMixture):
+        raise StudyError(
+            f"{where}.augment: flip is for real images; draws of a {kind} follow its own density, "
+            "and mirrored ones would not"
+        )
     if score:
         check_score(score, factors, f"{where}.score")
     check_objective(factors, where)
     side = SIDE.get(getattr(data, "of", data).__struct_config__.tag)
-    network = factors.network
-    if isinstance(network, Unet) and side and side % network.patch:
-        raise StudyError(f"{where}.network: patch {network.patch} does not divide {side} pixels")
+    if side and (why := misfit(network, side)):
+        raise StudyError(f"{where}.network: {why}")
     steps = factors.discretization
     read = "discretization" not in ignored(factors)
     if read and isinstance(steps, Progressive) and steps.s0 > steps.s1 + 1:
@@ -207,15 +215,6 @@ def check_score(score: Score, factors: Factors, where: str) -> None:
         )
 
 
-def references_in(factors: Factors) -> int:
-    """How many points references are drawn from; of a folder of images nobody knows before it is
-    read."""
-    data = factors.data
-    if isinstance(data, Mixture | FittedMixture):
-        return data.samples or factors.batch
-    return TRAIN.get(data.__struct_config__.tag, 1_000_000)
-
-
 def check_objective(factors: Factors, where: str) -> None:
     """What the objective can't be combined with."""
     data, solver = factors.data, factors.solver
@@ -264,7 +263,7 @@ def check_measure(measure: Measure, factors: Factors, where: Where) -> None:
         line = len(data.means[0]) == 1 and data.samples is None
         offered |= {"sliced_wasserstein", "mode_mass", "map_error", *(["pushforward"] * line)}
     else:
-        offered |= set() if isinstance(data, Images) else {"fid", "kid", "coverage"}
+        offered |= {"fid", "kid", "coverage"}
     if isinstance(data, FittedMixture):
         offered.add("map_error")
     if not isinstance(data, Mixture) and not endless(data):
@@ -277,14 +276,14 @@ def check_measure(measure: Measure, factors: Factors, where: Where) -> None:
         if mid is not None and not factors.sigma.min < mid < factors.sigma.max:
             raise StudyError(f"{where(f'{metric}.mid')}: {mid} is not between sigma's min and max")
     real = data.of.__struct_config__.tag if isinstance(data, FittedMixture) else kind
-    for metric in ("fid", "kid", "coverage"):
+    for metric in FEATURES:
         ask = getattr(measure, metric)
         if ask and not measure.fid and None in (ask.extractor, ask.samples):
             raise StudyError(f"{where(metric)}: needs extractor and samples, or a fid")
-        if ask and ask.extractor and not ask.extractor.startswith(f"{real}-"):
-            raise StudyError(f"{where(metric)}: {ask.extractor} is not an extractor for {real}")
         if ask and ask.extractor:
             extractor_identity(ask.extractor, where(f"{metric}.extractor"))
+    if real in SIDE:
+        check_extractors(measure, (CHANNELS[real], SIDE[real]), real, where)
     if (ask := measure.coverage) and ask.samples and ask.neighbours >= ask.samples:
         raise StudyError(
             f"{where('coverage')}: {ask.neighbours} neighbours of {ask.samples} samples"
@@ -305,13 +304,6 @@ def check_measure(measure: Measure, factors: Factors, where: Where) -> None:
                 f"{where(metric)}: {ask.samples} samples; it compares equal numbers, and "
                 f"{kind} has {references_of(data)} images to compare with"
             )
-
-
-def references_of(data: Data) -> int:
-    """How many images of one part, training or held out, there are to compare with at least."""
-    if isinstance(data, FittedMixture):
-        return min(data.held_out, data.samples or data.held_out)
-    return HELD_OUT.get(data.__struct_config__.tag, 1_000_000)
 
 
 def check_primary(primary: Primary, recipe: Recipe, where: Where) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from study.consistency import along
 from study.factors import Continuous, Sigma
@@ -44,7 +45,8 @@ def tangent(
     # ln(t) / 4 = ln(s tan theta) / 4 has the derivative 1 / (4 sin cos): times cos sin it is 1 / 4
     where, label = x / s, t.log() / 4
     step = cos * sin * slope / s, torch.full_like(label, 0.25)
-    with torch.no_grad():
+    # of torch's attention kernels only the plain one has a forward derivative
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         target, rise = torch.func.jvp(G, (where, label), step)
     g = -cos.square() * (s * target - slope) - warm * (cos * sin * x + s * rise)
     return target, g

@@ -2,14 +2,16 @@
 
 Real images are kept as uint8 (n, C, S, S) and read as x = v / 127.5 - 1 in [-1, 1]; draws of a
 mixture as float32, (n, d) or image-shaped. A data set is finite, or endless: then fresh draws are
-made as training asks for them.
+made as training asks for them. Images may be augmented by mirroring: x then is drawn from the
+training images and their mirror images, all as likely, and that is the law whose posterior scores
+and probes consult, while samples are compared with the images as they are.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import assert_never
 
@@ -29,7 +31,8 @@ class Dataset:
     """One data set on one device.
 
     train: (n, ...) or None where draws are endless; held_out: (m, ...). density: the population,
-    where it is known. std: global standard deviation of the training data (sigma_data).
+    where it is known. std: global standard deviation of the training data (sigma_data). flip:
+    whether x is as likely mirrored.
     """
 
     train: Tensor | None
@@ -38,11 +41,27 @@ class Dataset:
     std: float
     digest: str
     density: Density | None = None
+    flip: bool = False
 
     @property
     def images(self) -> bool:
         """Whether x is an image."""
         return len(self.shape) == 3
+
+    @property
+    def size(self) -> int:
+        """How many points x is drawn from, each as likely: the training set, or with flip twice
+        as many. Needs finite data."""
+        return len(self.train) * (2 if self.flip else 1)
+
+    def at(self, rows: Tensor) -> Tensor:
+        """Points number rows (B,) of those `size`, as floats (B, ...): first the training set,
+        then with flip its mirror images in the same order."""
+        if not self.flip:
+            return to_float(self.train[rows])
+        n = len(self.train)
+        x = to_float(self.train[rows % n])
+        return torch.where((rows >= n).view(-1, *(1,) * len(self.shape)), x.flip(-1), x)
 
     def fresh(self, count: int, generator: torch.Generator) -> Tensor:
         """New draws of the population (count, ...). Needs a known density."""
@@ -54,18 +73,15 @@ class Dataset:
         if self.train is None:
             return self.fresh(count, generator)
         device = self.train.device
-        rows = torch.randint(len(self.train), (count,), generator=generator, device=device)
-        return to_float(self.train[rows])
+        return self.at(torch.randint(self.size, (count,), generator=generator, device=device))
 
     def to(self, device: torch.device) -> Dataset:
         """The same data on another device."""
-        return Dataset(
-            None if self.train is None else self.train.to(device),
-            self.held_out.to(device),
-            self.shape,
-            self.std,
-            self.digest,
-            self.density and self.density.to(device),
+        return replace(
+            self,
+            train=None if self.train is None else self.train.to(device),
+            held_out=self.held_out.to(device),
+            density=self.density and self.density.to(device),
         )
 
 
@@ -93,6 +109,11 @@ def load(data: factors.Data) -> Dataset:
             from study.extractors import fashion_mnist
 
             parts = fashion_mnist.split(None if root is None else Path(root))
+            return _images(parts["train"][0], parts["held_out"][0])
+        case factors.Cifar10(root=root):
+            from study.extractors import cifar10
+
+            parts = cifar10.split(None if root is None else Path(root))
             return _images(parts["train"][0], parts["held_out"][0])
         case factors.Images(root=root, held_out=held_out):
             from study import folder
@@ -218,6 +239,7 @@ class Draws:
         self.u = made(
             "time", lambda g: torch.rand(size, generator=g, dtype=torch.float64, **kwargs)
         )
+        self.flip = made("flip", lambda g: torch.randint(2, (size,), generator=g, **kwargs))
 
     def _generator(
         self, stream: str, index: int, device: torch.device | None = None
@@ -226,7 +248,9 @@ class Draws:
         return torch.Generator(device or self.device).manual_seed(number)
 
     def _indices(self, start: int, count: int) -> Tensor:
-        """Indices into the training set: a fresh addressed permutation every epoch."""
+        """Which points of the data: a fresh addressed permutation of the training set every
+        epoch, and with flip a bit for each image of the stream, mirrored or not."""
+        first = start, count
         parts, n = [], len(self.dataset.train)
         while count:
             epoch, offset = divmod(start, n)
@@ -237,15 +261,14 @@ class Draws:
             part = self.order[offset : offset + count]
             parts.append(part)
             start, count = start + len(part), count - len(part)
-        return torch.cat(parts)
+        rows = torch.cat(parts)
+        return rows + n * self.flip.take(*first) if self.dataset.flip else rows
 
     def __call__(self, start: int, count: int) -> Batch:
         """The batch of training images start .. start + count."""
-        train = self.dataset.train
+        endless = self.dataset.train is None
         x = (
-            self.x.take(start, count)
-            if train is None
-            else to_float(train[self._indices(start, count)])
+            self.x.take(start, count) if endless else self.dataset.at(self._indices(start, count))
         )
 
         def key(stream: str) -> Tensor:

@@ -7,27 +7,20 @@ as a big-endian uint32, then the elements; the type here is always 0x08, unsigne
 """
 
 import gzip
-import hashlib
 import math
-import os
 import struct
-import urllib.request
 import zlib
-from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
-from urllib.error import HTTPError
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 
 from study.errors import StudyError
+from study.fetch import download, md5
 
 BASE_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 DEFAULT_ROOT = Path("data/fashion_mnist")
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
-TIMEOUT = 30  # seconds without a byte
 CHUNK = 1 << 18
 UNSIGNED_BYTE = 0x08
 INFLATION = 1032  # deflate's largest ratio: a header that promises more is wrong
@@ -73,7 +66,7 @@ def load(root: Path | None = None) -> dict[str, np.ndarray]:
         installed = {key: _find(DEBIAN, published) for key, published in FILES.items()}
         # A user's own files are never completed with published ones: the labels would not fit.
         for key, path in paths.items():
-            if path is not None and _md5(path) != FILES[key].md5:
+            if path is not None and md5(path) != FILES[key].md5:
                 missing = [FILES[key].name for key, found in paths.items() if found is None]
                 raise StudyError(
                     f"{root}: {path.name} is not the published file, and beside it "
@@ -145,38 +138,10 @@ def _find(folder: Path, published: Published) -> Path | None:
 
 def _download(root: Path, published: Published) -> Path:
     """Fetch one file into root, whole and with the published md5, or leave nothing there."""
-    url, path = BASE_URL + published.name, root / published.name
-    part = root / f".{published.name}.{os.getpid()}.part"
-    try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
-            root.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file, Progress(console=Console(stderr=True)) as progress:
-                task = progress.add_task(published.name, total=published.size)
-                left = published.size + 1  # one byte too many is enough to refuse it
-                while left and (chunk := response.read(min(CHUNK, left))):
-                    left -= file.write(chunk)
-                    progress.advance(task, len(chunk))
-                file.flush()
-                os.fsync(file.fileno())
-        found = f"{part.stat().st_size} bytes with md5 {_md5(part)}"
-        allowed = f"{published.size} bytes with md5 {published.md5}"
-        if found != allowed:
-            raise StudyError(f"{url}: found {found}; allowed: {allowed}. {_advice(root)}")
-        os.replace(part, path)
-    except (OSError, HTTPException) as error:
-        if isinstance(error, HTTPError):
-            error.close()  # it is the server's answer too, with a socket
-        raise StudyError(f"{url}: the download failed: {error}. {_advice(root)}") from error
-    finally:
-        part.unlink(missing_ok=True)
-    return path
+    url = BASE_URL + published.name
+    return download(url, root / published.name, published.size, published.md5, _advice(root))
 
 
 def _advice(root: Path) -> str:
     names = ", ".join(published.name for published in FILES.values())
     return f"Try again, or put the files {names} into {root}"
-
-
-def _md5(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()

@@ -76,15 +76,15 @@ def gradient_noise(
         v = [second_moment[name].flatten() for name, _ in problem.net.named_parameters()]
         scale = 1 / (torch.cat(v).double().sqrt() + f.optimizer.eps).to(generator.device)
     stepped = not isinstance(f.objective, factors.Continuous)
-    c = getattr(f.distance, "c0", 0.0) * math.prod(dataset.shape) ** 0.5  # pseudo-Huber's
+    c = c_of(problem, dataset)
 
     def probe(pair: Pair) -> replicates.Values:
         made, squares = [], defaultdict(list)
-        for batch in _batches(dataset, batches, rows, generator):
-            at = _levels(problem, batch, pair, N)
+        for batch in drawn_batches(dataset, batches, rows, generator):
+            at = levels_of(problem, batch, pair, N)
             again = _redrawn(problem, batch, at[1], progress, generator)
-            g, _ = _gradient(problem, batch, at, progress)
-            apart = g - _gradient(problem, again, at, progress)[0]
+            g, _ = gradient_of(problem, batch, at, progress)
+            apart = g - gradient_of(problem, again, at, progress)[0]
             made.append(g)
             squares["estimator"].append(replicates.square(apart) / 2)
             if scale is not None:
@@ -92,10 +92,11 @@ def gradient_noise(
             mask = _key(generator)  # drawn in any case: the batches after it are the same for all
             if f.dropout:
                 again = replace(again, mask=mask)
-                apart = g - _gradient(problem, again, at, progress)[0]
+                apart = g - gradient_of(problem, again, at, progress)[0]
             squares["within"].append(replicates.square(apart) / 2)
             if stepped:
-                squares["step"].append(_square_step(problem, batch, at, progress))
+                far = steps(problem, batch, at, progress)
+                squares["step"].append(replicates.square(far) / math.prod(far.shape[:2]))
         gradients = torch.stack(made)
         gram, scaled = (
             replicates.gram(gradients),
@@ -128,7 +129,7 @@ def gradient_noise(
 
         return replicates.jackknife(parts, batches)
 
-    return _by_level(problem, N, levels, probe, "rho")
+    return by_level(problem, N, levels, probe, "rho")
 
 
 def gradient_cosine(
@@ -148,21 +149,20 @@ def gradient_cosine(
     sides = [_with(problem, score=kind) for kind in (score, against)]
 
     def probe(pair: Pair) -> replicates.Values:
-        drawn = _batches(dataset, batches, rows, generator)
+        drawn = drawn_batches(dataset, batches, rows, generator)
         (a, ab), (_, b) = _compared(sides, drawn, pair, N, progress)[0]
 
         def cosine(kept: Tensor) -> replicates.Values:
             aa, bb = replicates.across(a, kept), replicates.across(b, kept)
-            known = min(aa, bb) > 0
             return {
-                "cosine": replicates.across(ab, kept) / math.sqrt(aa * bb) if known else None,
+                "cosine": replicates.cosine(replicates.across(ab, kept), aa, bb),
                 "snr_score": replicates.ratio(aa, rows * replicates.variance(a, kept)),
                 "snr_against": replicates.ratio(bb, rows * replicates.variance(b, kept)),
             }
 
         return replicates.jackknife(cosine, batches)
 
-    return _by_level(problem, N, levels, probe, "cosine")
+    return by_level(problem, N, levels, probe, "cosine")
 
 
 def gradient_slopes(
@@ -179,7 +179,7 @@ def gradient_slopes(
     """How far two scores' losses and gradients are apart under the law, as lists over N, and the
     powers of N by which they fall; value: the gradients'. gradient_difference is None where noise
     makes its square negative; predicted_* are None where no one power is expected."""
-    drawn = list(_batches(dataset, batches, rows, generator))
+    drawn = list(drawn_batches(dataset, batches, rows, generator))
     sides = [
         _with(problem, score=kind, repeat=1 if meaning.deterministic(kind) else DRAWS)
         for kind in (score, against)
@@ -193,12 +193,11 @@ def gradient_slopes(
             square = replicates.ratio(
                 replicates.across(a + b - ab - ba, kept), replicates.across(b, kept)
             )
-            known = square is not None and square >= 0
             return {
                 "loss_score": first,
                 "loss_against": second,
                 "loss_ratio": replicates.ratio(abs(first - second), second),
-                "gradient_difference": math.sqrt(square) if known else None,
+                "gradient_difference": replicates.root(square),
                 "squared_difference": square,
             }
 
@@ -236,7 +235,9 @@ def _key(generator: torch.Generator) -> Tensor:
     return torch.randint(2**31, (), generator=generator, device=generator.device)
 
 
-def _batches(dataset: Dataset, m: int, rows: int, generator: torch.Generator) -> Iterator[Batch]:
+def drawn_batches(
+    dataset: Dataset, m: int, rows: int, generator: torch.Generator
+) -> Iterator[Batch]:
     """m independent batches: training images drawn with replacement, or endless data."""
     kwargs = {"generator": generator, "device": generator.device}
     for _ in range(m):
@@ -267,7 +268,7 @@ def _redrawn(
     return replace(batch, x=torch.where(same, x, new), z=z, draw=draw)
 
 
-def _levels(problem: Problem, batch: Batch, pair: Pair, N: float) -> Levels:
+def levels_of(problem: Problem, batch: Batch, pair: Pair, N: float) -> Levels:
     """(r, t) of the batch."""
     if pair is None:
         return problem.levels(batch, N)
@@ -294,7 +295,9 @@ def _with(problem: Problem, **changes: object) -> Problem:
     return replace(problem, factors=msgspec.structs.replace(problem.factors, **changes))
 
 
-def _gradient(problem: Problem, batch: Batch, at: Levels, progress: float) -> tuple[Tensor, float]:
+def gradient_of(
+    problem: Problem, batch: Batch, at: Levels, progress: float
+) -> tuple[Tensor, float]:
     """The gradient (P,) of a batch's mean loss in all parameters, and that loss."""
     loss, weights = problem.at_levels(batch, *at, progress).mean(), list(problem.net.parameters())
     parts = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
@@ -308,9 +311,9 @@ def _compared(
     (2, 2, m, m), and losses (m, 2)."""
     gradients, losses = ([], []), ([], [])
     for batch in drawn:
-        at = _levels(sides[0], batch, pair, N)
+        at = levels_of(sides[0], batch, pair, N)
         for i, side in enumerate(sides):
-            g, loss = _gradient(side, batch, at, progress)
+            g, loss = gradient_of(side, batch, at, progress)
             gradients[i].append(g)
             losses[i].append(loss)
     gram, m = replicates.gram(torch.stack(gradients[0] + gradients[1])), len(losses[0])
@@ -318,18 +321,20 @@ def _compared(
 
 
 @torch.no_grad()
-def _square_step(problem: Problem, batch: Batch, at: Levels, progress: float) -> float:
-    """Mean over rows of |f(x_t, t) - f^-(x_r, r)|^2."""
+def steps(problem: Problem, batch: Batch, at: Levels, progress: float) -> Tensor:
+    """f(x_t, t) - f^-(x_r, r) of each repeat and row, (repeats, B, ...)."""
     r, t = at
     x_t = batch.x + along(t, batch.x) * batch.z
     student = consistency(problem.net, x_t, t, problem.sigma, batch.mask)
-    targets = problem.targets(batch, x_t, r, t, progress)
-    return sum(replicates.square(student - target) for target in targets) / (
-        len(targets) * len(x_t)
-    )
+    return student - torch.stack(problem.targets(batch, x_t, r, t, progress))
 
 
-def _by_level(
+def c_of(problem: Problem, dataset: Dataset) -> float:
+    """Pseudo-Huber's c; 0 of a distance that has none."""
+    return getattr(problem.factors.distance, "c0", 0.0) * math.prod(dataset.shape) ** 0.5
+
+
+def by_level(
     problem: Problem,
     N: float,
     levels: Sequence[float],

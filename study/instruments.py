@@ -9,11 +9,12 @@ from typing import Any
 import msgspec
 import torch
 
-from study import gradients, schedules, seeds
+from study import gradients, rounding, schedules, seeds
+from study.capture import compiled
 from study.data import Dataset
 from study.factors import Score
 from study.losses import Problem
-from study.models import Lookup, level_range, make_problem, network
+from study.models import Lookup, in_float32, level_range, make_problem, network
 from study.posterior import law_of
 from study.probes import geometric
 from study.scores import Denoiser
@@ -76,6 +77,12 @@ def gradient(
     if record["kind"] == "gradient_cosine":
         return gradients.gradient_cosine(
             problem, *scores, dataset, N, progress, levels, batches, rows, generator
+        )
+    if record["kind"] == "gradient_rounding":
+        exact = in_float32(problem)
+        compiled(problem.net, device)  # fused kernels round less: in half precision as it trained
+        return rounding.gradient_rounding(
+            problem, exact, dataset, N, progress, levels, batches, rows, generator
         )
     return gradients.gradient_noise(
         problem, dataset, N, progress, levels, batches, rows, moment, generator

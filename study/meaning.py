@@ -11,6 +11,7 @@ from study.factors import (
     Consistency,
     Continuous,
     Data,
+    DdpmPP,
     Denoising,
     DenoisingHead,
     Ema,
@@ -22,11 +23,13 @@ from study.factors import (
     Frozen,
     KSample,
     Mixture,
+    Network,
     PosteriorK,
     Score,
     SingleSample,
     Stopgrad,
     Teacher,
+    Unet,
     Windowed,
 )
 
@@ -77,6 +80,20 @@ def endless(data: Data) -> bool:
     return isinstance(data, Mixture | FittedMixture) and data.samples is None
 
 
+def misfit(network: Network, side: int) -> str | None:
+    """Why the network can't take images of side x side pixels; None where it can."""
+    match network:
+        case Unet(patch=patch) if side % patch:
+            return f"patch {patch} does not divide {side} pixels a side"
+        case DdpmPP(mult=mult) if side % 2 ** (len(mult) - 1):
+            return f"{side} pixels a side can't be halved for the {len(mult)} resolutions of mult"
+        case DdpmPP(mult=mult, attention=attention):
+            sides = [side >> level for level in range(len(mult))]
+            if none := sorted(set(attention) - set(sides)):
+                return f"attention at {none}; on {side} x {side} images it has {sides}"
+    return None
+
+
 def plain_score(score: Score, data: Data) -> Score:
     """The same estimate in fewest words."""
     match score:
@@ -101,7 +118,8 @@ def simplest(factors: Factors) -> Factors:
     """The same training in fewest words, so that what means the same is one run.
 
     A Heun step with D^ = x is an Euler step, losses of equal targets are one loss; an average
-    that forgets everything is the student; one std stands for equal ones, no weights for equal.
+    that forgets everything is the student; one std stands for equal ones, no weights for equal;
+    resolutions with attention have no order.
     """
     if isinstance(factors.target, Ema) and factors.target.mu == 0:
         factors = replace(factors, target=Stopgrad())
@@ -114,7 +132,10 @@ def simplest(factors: Factors) -> Factors:
         factors = replace(factors, solver=Euler())
     if deterministic(score):
         factors = replace(factors, repeat=1)
-    data = factors.data
+    data, network = factors.data, factors.network
+    if isinstance(network, DdpmPP):
+        attention = tuple(sorted(set(network.attention), reverse=True))
+        factors = replace(factors, network=replace(network, attention=attention))
     if not isinstance(data, Mixture):
         return factors
     std = data.std

@@ -216,10 +216,32 @@ def make_problem(
         frozen = finished(model, lookup(source), dataset, device, factors.batch)
     if isinstance(factors.score, Own) and "score" not in unread:
         own = follower()
-
-        def own_denoiser(x_t: Tensor, t: Tensor) -> Tensor:
-            _, F = own(scaled(x_t, t, sigma), t.log() / 4, None, True)
-            return denoised(F, x_t, t, sigma)
-
-        known = replace(known, own=own_denoiser)
+        known = replace(known, own=head_denoiser(own, sigma))
     return Problem(factors, sigma, net, known, frozen, average, own)
+
+
+def head_denoiser(net: nn.Module, sigma: Sigma) -> Denoiser:
+    """D(x_t, t) of a network's denoising head."""
+
+    def own(x_t: Tensor, t: Tensor) -> Tensor:
+        _, F = net(scaled(x_t, t, sigma), t.log() / 4, None, True)
+        return denoised(F, x_t, t, sigma)
+
+    return own
+
+
+def in_float32(problem: Problem) -> Problem:
+    """The same loss with the run's networks (student, target, own head) computed in float32, on
+    the very tensors of its weights. What it reads of other runs keeps its own precision."""
+
+    def twin(net: Network | None) -> Network | None:
+        if net is not None:
+            net = copy.copy(net)  # another object around the same parameters; not compiled
+            net.dtype = torch.float32
+        return net
+
+    own, known = twin(problem.own), problem.known
+    if own is not None:
+        known = replace(known, own=head_denoiser(own, problem.sigma))
+    net, average = twin(problem.net), twin(problem.average)
+    return replace(problem, net=net, known=known, average=average, own=own)

@@ -14,17 +14,34 @@ import torch
 from torch import Tensor
 
 WORD = 0xFFFFFFFF
-ROUNDS = (0x45D9F3B, 0x31848BAB)
+MULTIPLIERS = (0x7FEB352D, 0x45D9F3B, 0x31848BAB)  # of the three rounds
 
 
 def words(key: Tensor, stream: int, shape: Sequence[int], start: int = 0) -> Tensor:
     """Hashed 32-bit words (shape), int64. key: int64 scalar below 2^31, on the wanted device."""
     count = torch.Size(shape).numel()
     position = torch.arange(start, start + count, device=key.device).view(*shape)
-    word = _mixed(position, 0x7FEB352D) ^ key ^ (stream * 0x9E3779B1 & WORD)
-    for multiplier in ROUNDS:
+    first, *rounds = MULTIPLIERS
+    word = _mixed(position, first) ^ key ^ salt(stream)
+    for multiplier in rounds:
         word = _mixed(word, multiplier)
     return word
+
+
+def salt(stream: int) -> int:
+    """What tells a stream's numbers from another's, a 32-bit word."""
+    return stream * 0x9E3779B1 & WORD
+
+
+def dropout(h: Tensor, p: float, key: Tensor | None, layer: int) -> Tensor:
+    """Inverted dropout whose mask is a hash of (key, layer, position); no key, no dropout.
+
+    key: int64 scalar below 2^31.
+    """
+    if key is None or p == 0:
+        return h
+    word = words(key, layer, h.shape)
+    return h * (word >= int(p * 2**32)) / (1 - p)
 
 
 def _mixed(word: Tensor, multiplier: int) -> Tensor:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from study import noise
-from study.data import Dataset, to_float
+from study.data import Dataset
 from study.errors import StudyError
 from study.mixtures import BETWEEN, Density, Level, column
 
@@ -168,13 +168,14 @@ class Posterior:
 
 @lru_cache(maxsize=2)
 def law_of(dataset: Dataset) -> Posterior | Density:
-    """What training draws x from, with its posterior: the training set, or endless data.
+    """What training draws x from, with its posterior: the training set, with its mirror images
+    where they are drawn too, or endless data.
 
     Raises StudyError where the posterior over the training set has no room on its device.
     """
     if dataset.train is None:
         return dataset.density
-    n, d = len(dataset.train), math.prod(dataset.shape)
+    n, d = dataset.size, math.prod(dataset.shape)
     needed, free = Posterior.bytes(n, d), memory_left(dataset.train.device)
     if needed > free:
         raise StudyError(
@@ -182,7 +183,7 @@ def law_of(dataset: Dataset) -> Posterior | Density:
             f"GiB, and {free / 2**30:.1f} are left; train on fewer images or smaller ones, on a "
             "device with more memory or with fewer workers"
         )
-    return Posterior(to_float(dataset.train))
+    return Posterior(dataset.at(torch.arange(n, device=dataset.train.device)))
 
 
 def memory_left(device: torch.device) -> int:

@@ -133,8 +133,8 @@ def t_star(dataset: Dataset, sigma: Sigma, samples: int = 256) -> float | None:
         return None
     device, posterior = dataset.train.device, law_of(dataset)
     generator = torch.Generator(device).manual_seed(seeds.number(0, "t_star"))
-    rows = torch.randint(len(dataset.train), (samples,), generator=generator, device=device)
-    x = to_float(dataset.train[rows])
+    rows = torch.randint(dataset.size, (samples,), generator=generator, device=device)
+    x = dataset.at(rows)
     z = torch.randn(x.shape, generator=generator, device=device)
 
     def is_point(level: float) -> bool:

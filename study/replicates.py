@@ -46,6 +46,16 @@ def ratio(a: float, b: float) -> float | None:
     return a / b if b > 0 else None
 
 
+def root(square: float | None) -> float | None:
+    """The root of a square; None where it, an unbiased estimate, came out below 0."""
+    return math.sqrt(square) if square is not None and square >= 0 else None
+
+
+def cosine(ab: float, aa: float, bb: float) -> float | None:
+    """ab / sqrt(aa bb); None where a squared length, an unbiased estimate, is not positive."""
+    return ab / math.sqrt(aa * bb) if min(aa, bb) > 0 else None
+
+
 def jackknife(statistic: Callable[[Tensor], Values], m: int) -> Values:
     """The statistic of all m replicates, given by their indices, and NAME_se, its standard error;
     None where it, or what is left without a replicate, has no value."""

@@ -19,7 +19,7 @@ from study.layers import Layered, mapping, read_file, read_yaml
 from study.meaning import references, simplest
 from study.places import check_places
 from study.settings import Measure, Settings, score_settings, settings_of
-from study.spec import Primary, Recipe, Run, Study, compared
+from study.spec import Primary, Recipe, Run, Study, check_rounding, compared
 
 PRESETS = Path(__file__).with_name("presets.yaml")
 KEYS = tuple("question primary compare base sources variants cells seeds measure".split())
@@ -80,8 +80,7 @@ class Resolver:
         return mapping(self.tree.get(key), f"{self.file}: {key}")
 
     def _named(self, key: str) -> dict[str, dict]:
-        section = self.tree.get(key)
-        section = {} if section is None else section
+        section = {} if self.tree.get(key) is None else self.tree[key]
         if not isinstance(section, dict):
             raise StudyError(f"{self.file}: {key}: {section!r} given, a mapping of names expected")
         for name in section:  # names, so their dots are not paths
@@ -107,6 +106,7 @@ class Resolver:
             sources = {r.name: r for r in recipes if r.cell == recipe.cell and r.role == "teacher"}
             check_recipe(recipe, self._where(recipe), sources, self.variants)
         check_places(recipes, self._where)
+        check_rounding(recipes, self.file)
         ordered = {cell: tuple(self._order(cell, table)) for cell in self.cells}
         runs, asked = [], set()
         for chain in ordered.values():  # block after block: a study cut short has whole ones

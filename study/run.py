@@ -16,15 +16,17 @@ from pathlib import Path
 
 from rich.console import Console
 
+from study.domains import check_extractors
 from study.errors import StudyError, nearest
-from study.factors import FashionMnist, Images
+from study.factors import Cifar10, FashionMnist, Images
 from study.launch import Launcher, devices
 from study.places import present, weights_file
 from study.progress import Display, label, state_table
 from study.resolve import load
 from study.spec import Run, Study
-from study.store import Store
+from study.store import Store, read_json
 
+BENCH = "bench.json"  # in results/STUDY: what study.bench found
 EXAMPLES = """examples:
   python -m study.run sweeps/grid.yaml                    train and measure what is missing
   python -m study.run sweeps/grid.yaml --plan             say what that would be, and do nothing
@@ -113,10 +115,19 @@ def fetch_data(study: Study) -> None:
             from study import fashion_mnist  # numpy, which --plan and --status do without
 
             fashion_mnist.load(None if data.root is None else Path(data.root))
+        elif isinstance(data, Cifar10):
+            from study import cifar10
+
+            cifar10.load(None if data.root is None else Path(data.root))
         elif isinstance(data, Images):
             from study import folder
 
-            folder.load(Path(data.root), data.held_out)
+            images = folder.load(Path(data.root), data.held_out)["train"][0]
+            image = images.shape[3], images.shape[1]  # known only now, unlike other data's
+            for recipe in study.recipes:
+                if recipe.factors.data == data:
+                    where = f"{study.name}: cell {recipe.cell}: measure.{{}}".format
+                    check_extractors(recipe.measure, image, data.root, where)
 
 
 def check_weights(store: Store, wanted: list[Run], thorough: bool) -> None:
@@ -130,11 +141,11 @@ def check_weights(store: Store, wanted: list[Run], thorough: bool) -> None:
             interop.read(path)
 
 
-def forecast(store: Store, new: list[Run]) -> tuple[float, int] | None:
-    """Seconds to train `new`, and how many finished runs of the study that stands on.
+def forecast(store: Store, new: list[Run]) -> str | None:
+    """How long training `new` takes one worker, in words.
 
-    A recipe's own seconds per image where one of its seeds is finished, otherwise the mean of its
-    cell's; None where a cell has nothing finished yet.
+    By a recipe's own seconds per image where one of its seeds is finished, otherwise by the mean
+    of its cell's, otherwise as `study.bench` timed it here; None where nothing is known of one.
     """
     speeds: dict[tuple[str, ...], list[float]] = {}
     for run in store.study.unique.values():
@@ -142,13 +153,28 @@ def forecast(store: Store, new: list[Run]) -> tuple[float, int] | None:
             speed = trained["spend"]["seconds"] / trained["spend"]["images"]
             for key in ((run.recipe.cell, run.recipe.name), (run.recipe.cell,)):
                 speeds.setdefault(key, []).append(speed)
-    seconds = 0.0
+    bench = read_json(store.path / BENCH) or {"recipes": {}}
+    seconds = beside = 0.0
+    timed = 0
     for run in new:
-        known = speeds.get((run.recipe.cell, run.recipe.name)) or speeds.get((run.recipe.cell,))
-        if known is None:
+        cell, name = run.recipe.cell, run.recipe.name
+        row = bench["recipes"].get(f"{cell}/{name}")
+        if known := speeds.get((cell, name)) or speeds.get((cell,)):
+            speed = sum(known) / len(known)
+        elif row:
+            speed, timed = row["seconds_per_image"], timed + 1
+        else:
             return None
-        seconds += sum(known) / len(known) * run.recipe.factors.budget.images
-    return seconds, sum(len(s) for key, s in speeds.items() if len(key) == 1)
+        seconds += speed * run.recipe.factors.budget.images
+        beside += row["seconds_beside"] if row else 0.0
+    finished = sum(len(s) for key, s in speeds.items() if len(key) == 1)
+    stands = [f"the speed of {finished} finished runs"] * bool(finished)
+    stands += [f"study.bench on {bench['device']}"] * bool(timed)
+    then = (
+        f"measuring them {beside / 60:.1f}" if beside else "measuring comes on top"
+    )
+    return (f"training them takes about {seconds / 60:.1f} minutes of one worker by "
+            f"{' and '.join(stands)}, {then}")  # fmt: skip
 
 
 def show_plan(console: Console, store: Store, wanted: list[Run]) -> None:
@@ -166,12 +192,7 @@ def show_plan(console: Console, store: Store, wanted: list[Run]) -> None:
         highlight=False,
     )
     if new and (expected := forecast(store, new)):
-        seconds, known = expected
-        console.print(
-            f"training them takes about {seconds / 60:.1f} minutes of one worker by the speed of "
-            f"{known} finished runs, measuring comes on top",
-            highlight=False,
-        )
+        console.print(expected, highlight=False)
     for path in store.orphans:
         console.print(f"  not asked for: {path}", highlight=False)
 

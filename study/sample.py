@@ -128,7 +128,7 @@ def drawn(model: Saved, options: argparse.Namespace, console: Console) -> Tensor
     chunk = options.batch or evaluate.CHUNK
     set_up()
     device = torch.device(devices(options.device, None)[0])
-    function = model.function(device)
+    function = model.function(device, chunk)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("samples", total=nfe * -(-count // chunk))
 

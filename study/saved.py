@@ -46,13 +46,13 @@ class Saved:
         """Whether it is a denoiser, whose samples take many steps."""
         return isinstance(self.objective, Denoising)
 
-    def function(self, device: torch.device) -> Function:
-        """D(x_t, t) or f(x_t, t) on the device."""
+    def function(self, device: torch.device, most: int = CHUNK) -> Function:
+        """D(x_t, t) or f(x_t, t) on the device, on a GPU in batches of `most` at the most."""
         head = any(name.startswith("head.") for name in self.weights)
         net = networks.build(self.network, self.shape, 0.0, 0, "", self.precision, head)
         outside = interop.Outside(self.where, self.weights)
         net.load_state_dict(interop.fit(outside, net))
-        return function_of(net, self.objective, self.sigma, device, self.rows)
+        return function_of(net, self.objective, self.sigma, device, min(self.rows, most))
 
     def export(self, path: Path) -> None:
         """Writes them as .safetensors, with what another program needs to use them."""

@@ -43,8 +43,6 @@ EXTRACTORS = Path(__file__).with_name("extractors")
 Points = Annotated[tuple[Share, ...], Meta(min_length=1)]
 Steps = Annotated[tuple[Annotated[int, Meta(ge=1, le=2)], ...], Meta(min_length=1)]
 Lengths = Annotated[tuple[float, ...], Meta(min_length=1)]
-
-
 Levels = Annotated[int, Meta(ge=2, le=1000)]
 Batches = Annotated[int, Meta(ge=4, le=10_000)]
 Draws = Annotated[int, Meta(ge=1, le=100)]
@@ -147,6 +145,16 @@ class GradientSlopes(Value, frozen=True):
     at: Points | None = None
 
 
+class GradientRounding(Value, frozen=True):
+    """What half precision does to the gradient: the run's own against one in float32 at the same
+    weights on the same batches, per noise level and under the law; and the same of the difference
+    f(x_t, t) - f^-(x_r, r). Of variants that are trained in half precision."""
+
+    sigmas: Levels = 8
+    batches: Batches = 16
+    at: Points | None = None
+
+
 class Trajectories(Value, frozen=True):
     """Is it one trajectory, one output? Distance of f(x_t, t) to the end of the PF-ODE through x_t
     under each known score, and the spread of f along one trajectory, per noise level. teachers:
@@ -206,13 +214,15 @@ class Measure(Value, frozen=True):
     gradient_noise: GradientNoise | None = None
     gradient_cosine: GradientCosine | None = None
     gradient_slopes: GradientSlopes | None = None
+    gradient_rounding: GradientRounding | None = None
     trajectories: Trajectories | None = None
     memorisation: Memorisation | None = None
     coverage: Coverage | None = None
     pushforward: Pushforward | None = None
 
 
-PROBES = ("gradient_noise", "gradient_cosine", "gradient_slopes")  # of raw weights, as trained
+# of raw weights, as trained
+PROBES = ("gradient_noise", "gradient_cosine", "gradient_slopes", "gradient_rounding")
 IN_FEATURES = ("kid", "coverage")  # what they leave open is the fid's
 
 
@@ -314,8 +324,9 @@ def applies(kind: str, factors: Factors, role: str) -> bool:
     if not probe:
         return True
     steps = kind != "gradient_slopes" or isinstance(objective, Consistency)
+    rounds = kind != "gradient_rounding" or factors.precision != "float32"
     trained = factors.budget.images != 0 and not isinstance(factors.target, Frozen)
-    return role == "student" and trained and steps
+    return role == "student" and trained and steps and rounds
 
 
 def along(factors: Factors, role: str) -> bool:
@@ -351,5 +362,6 @@ def score_settings(measure: Measure, factors: Factors, ids: Mapping[str, str]) -
             "data": difference(factors.data),
             "sigma": [factors.sigma.min, factors.sigma.max],
             **({"batch": factors.batch} if in_batch else {}),  # its references are the batch's
+            **({"augment": "flip"} if factors.augment == "flip" else {}),  # other x, another law
         },
     )

@@ -18,7 +18,7 @@ from msgspec import Meta
 from study.errors import StudyError, nearest
 from study.factors import Factors, Share, Value
 from study.meaning import ignored
-from study.settings import Measure, Settings
+from study.settings import Measure, Settings, applies
 
 
 class Primary(Value, frozen=True):
@@ -159,3 +159,13 @@ def compared(given: object, where: str, recipes: Sequence[Recipe]) -> tuple[tupl
         if set(pair) in map(set, pairs[:i]):
             raise StudyError(f"{where}.{i}: {list(pair)} is named twice")
     return pairs
+
+
+def check_rounding(recipes: Sequence[Recipe], file: str) -> None:
+    """What half precision does is asked of a study in which it does something, else StudyError."""
+    asked = [r for r in recipes if r.measure.gradient_rounding]
+    if asked and not any(applies("gradient_rounding", r.factors, r.role) for r in asked):
+        raise StudyError(
+            f"{file}: measure.gradient_rounding: no variant trains in half precision (toward a "
+            "target that is not frozen); give one precision: bfloat16, or drop the key"
+        )

@@ -1,7 +1,6 @@
 """Training one run to its budget, exactly, from wherever its folder says it is.
 
-Draw and step are split: the batch is addressed by the image count, and the loss is a pure function
-of it, so a resumed run does the same bits.
+An update is addressed by the image count (see `student`), so a resumed run does the same bits.
 """
 
 from __future__ import annotations
@@ -15,20 +14,18 @@ from typing import Any
 import msgspec
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from study import schedules
 from study.budget import Spend, passes, snapshot_images
-from study.capture import compiled, gradient
 from study.data import Dataset, Draws
 from study.errors import StudyError
 from study.factors import FixedPoint
 from study.meaning import ignored
-from study.models import Lookup, initial, level_range, make_optimizer, make_problem
+from study.models import Lookup, initial, level_range
 from study.settings import snapshot_points
 from study.spec import Run
 from study.store import Folder, append_line, read_lines, sha256, write_bytes, write_json
-from study.weights import average, digest, load_tensors, power_gamma, save_tensors, snapshot_name
+from study.student import Student
+from study.weights import digest, load_tensors, save_tensors, snapshot_name
 
 LOG_ROWS = 200
 SAVE_SECONDS = 60
@@ -46,15 +43,6 @@ def set_up() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.compiler.reset()  # what other runs of this process compiled would count against a limit
-
-
-def second_moment(
-    optimizer: torch.optim.Optimizer, weights: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Adam's running mean of squared gradients, its bias corrected, by parameter name."""
-    beta = optimizer.param_groups[0]["betas"][1]
-    states = {name: optimizer.state[w] for name, w in weights.items()}
-    return {name: s["exp_avg_sq"] / (1 - beta ** float(s["step"])) for name, s in states.items()}
 
 
 def stream_digest(draws: Draws) -> str:
@@ -132,32 +120,13 @@ def train(
     if not factors.budget.images:
         return untrained(folder, facts, net, factors.weights_ema)
     budget, batch = factors.budget.images, factors.batch
-    net = compiled(net, device)
+    student = Student(run, sources, lookup, dataset, device, net)
     facts |= {
-        "parameters": sum(p.numel() for p in net.parameters()),
+        "parameters": sum(w.numel() for w in student.weights),
         "init_digest": digest(dict(net.named_parameters())),
+        "stream_digest": stream_digest(student.draws),
     }
-    problem = make_problem(run, sources, lookup, dataset, device, net)
-    followers = {
-        name: (net_, decay)
-        for name, net_, decay in (
-            ("target", problem.average, lambda N: schedules.target_decay(factors.target, N)),
-            ("own", problem.own, lambda _: factors.score.mu),
-        )
-        if net_ is not None
-    }
-    draws = Draws(dataset, run.seed, run.recipe.role, factors.data_stream)
-    facts["stream_digest"] = stream_digest(draws)
-
-    weights = list(net.parameters())
-    gammas = [power_gamma(length) for length in factors.weights_ema]
-    averages = [[w.detach().clone() for w in weights] for _ in gammas]
-    optimizer = make_optimizer(factors.optimizer, net)
-
-    # Multiply-adds of one step, counted on a real one.
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-        problem.loss(draws(0, batch), 2).backward()
-    flops = float(counter.get_total_flops())
+    flops = student.flops()
 
     # Resume from the last state, the log rewound to it.
     spend = Spend()
@@ -175,27 +144,14 @@ def train(
                     f"{state_file}: {key} was {state['facts'][key]} and is now "
                     f"{facts[key]}: the data or a source has changed"
                 )
-        net.load_state_dict(state["net"])
-        optimizer.load_state_dict(state["optimizer"])
-        averages = [[a.to(device) for a in average] for average in state["averages"]]
-        for name, (follower, _) in followers.items():
-            follower.load_state_dict(state[name])
+        student.restore(state)
         spend = msgspec.convert(state["spend"], Spend)
     rows = [row for row in read_lines(log) if row["images"] <= spend.images]
     write_bytes(log, "".join(msgspec.json.encode(row).decode() + "\n" for row in rows).encode())
 
     def save() -> None:
-        save_tensors(
-            state_file,
-            {
-                "facts": facts,
-                "net": net.state_dict(),
-                **{name: follower.state_dict() for name, (follower, _) in followers.items()},
-                "optimizer": optimizer.state_dict(),
-                "averages": averages,
-                "spend": msgspec.to_builtins(spend),
-            },
-        )
+        value = {"facts": facts, **student.state(), "spend": msgspec.to_builtins(spend)}
+        save_tensors(state_file, value)
 
     def ended(outcome: str, reason: str | None) -> None:
         # a point asked for after training had passed it has no snapshot, and gets none
@@ -203,32 +159,24 @@ def train(
         finish(folder, facts, outcome, reason, spend, made)
 
     points = snapshot_points(run.recipe.measure, run.measures, factors, run.recipe.role)
-    due = snapshot_images(factors.budget.images, batch, points)
+    due = snapshot_images(budget, batch, points)
     snapshots = [
         {"at": at, "images": images, "file": snapshot_name(at)} for images, at in due.items()
     ]
     every = math.ceil(budget / batch / LOG_ROWS)
     per_image = passes(factors)
-    step = gradient(problem, draws(0, batch))  # drops the gradients of the count above
+    student.capture()
     saved = clock = time.perf_counter()
     while spend.images < budget:
-        N = schedules.grid_points(factors.discretization, spend.images / budget)
-        loss = step(draws(spend.images, batch), N, spend.images / budget)
-        update = spend.updates + 1
-        logs = update % every == 0 or spend.images + batch >= budget
+        loss, N = student.update(spend.images)
+        update, images = spend.updates + 1, spend.images + batch
+        logs = update % every == 0 or images >= budget
         if logs:
-            norm = torch.stack(torch._foreach_norm([w.grad for w in weights])).norm()
-            value = [float(loss), float(norm)]
+            value = [float(loss), student.gradient_norm()]
             if not all(map(math.isfinite, value)):
                 ended("diverged", f"loss {value[0]}, gradient norm {value[1]} at update {update}")
                 return True
-        optimizer.step()
-        average(averages, weights, gammas, update)
-        for follower, decay in followers.values():
-            with torch.no_grad():
-                torch._foreach_lerp_(list(follower.parameters()), weights, 1 - decay(N))
-
-        if spend.images + batch in due and device.type == "cuda":
+        if images in due and device.type == "cuda":
             torch.cuda.synchronize(device)  # what is queued is training, not saving
         tick = time.perf_counter()
         spend = spend.plus(batch, per_image, flops, tick - clock)
@@ -237,35 +185,22 @@ def train(
                 log,
                 {
                     "step": update,
-                    "images": spend.images,
-                    "progress": spend.images / budget,
+                    "images": images,
+                    "progress": images / budget,
                     "loss": value[0],
                     "grad_norm": value[1],
-                    "lr": optimizer.param_groups[0]["lr"],
+                    "lr": student.optimizer.param_groups[0]["lr"],
                     "N": None if "discretization" in ignored(factors) else N,
                     "seconds": spend.seconds,
                 },
             )
-        if spend.images in due:
-            names = [name for name, _ in net.named_parameters()]
-            emas = {
-                str(length): dict(zip(names, average, strict=True))
-                for length, average in zip(factors.weights_ema, averages, strict=True)
-            }
-            save_tensors(
-                folder.file(snapshot_name(due[spend.images])),
-                {
-                    "raw": net.state_dict(),
-                    "ema": emas,
-                    "second_moment": second_moment(optimizer, dict(net.named_parameters())),
-                    **{name: follower.state_dict() for name, (follower, _) in followers.items()},
-                },
-            )
+        if images in due:
+            save_tensors(folder.file(snapshot_name(due[images])), student.snapshot())
         stopping = stop()
-        if stopping or spend.images in due or tick - saved > SAVE_SECONDS:
+        if stopping or images in due or tick - saved > SAVE_SECONDS:
             save()
             saved = tick
-        if stopping and spend.images < budget:
+        if stopping and images < budget:
             return False
         clock = time.perf_counter()  # saving is not training
     ended("trained", None)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -25,18 +26,19 @@ from study.factors import Data
 from study.identity import SCHEMA, complete
 from study.launch import BUSY, STOP_SIGNALS, STOPPED
 from study.measure import measure
-from study.models import check_inputs
+from study.models import Lookup, check_inputs
 from study.spec import Run
 from study.store import Folder, append_line, now
+from study.student import batch_that_fits
 from study.train import set_up, train
 
 DONE, FAILED = 0, 1
 
 
 @cache
-def load(kind: Data, device: torch.device) -> data.Dataset:
+def load(kind: Data, device: torch.device, flip: bool = False) -> data.Dataset:
     """The data set on a device, loaded once per process also where it works on several runs."""
-    return data.load(kind).to(device)
+    return replace(load(kind, device), flip=True) if flip else data.load(kind).to(device)
 
 
 def code() -> dict[str, object]:
@@ -82,6 +84,20 @@ def provenance(device: torch.device) -> dict[str, object]:
     }
 
 
+def too_large(
+    run: Run,
+    sources: Mapping[str, Run],
+    lookup: Lookup,
+    dataset: data.Dataset,
+    device: torch.device,
+) -> str:
+    """Why training ran out of GPU memory, in a user's words."""
+    fits, batch = batch_that_fits(run, sources, lookup, dataset, device), run.recipe.factors.batch
+    room = torch.cuda.mem_get_info(device)[1] / 2**30
+    hint = f"about {fits} would fit" if fits else f"not even {max(1, batch // 4)} fit"
+    return f"batch: {batch} needs more than the {room:.0f} GiB of this GPU; {hint}"
+
+
 def work(run: Run, sources: Mapping[str, Run], folders: Mapping[str, Folder], device: str) -> int:
     """Takes one run as far as it goes; returns DONE, FAILED, BUSY or STOPPED."""
     stopping = False
@@ -108,10 +124,16 @@ def work(run: Run, sources: Mapping[str, Run], folders: Mapping[str, Folder], de
                 if place.type == "cuda":  # streams and graphs are made on the current device
                     torch.cuda.set_device(place)
                 append_line(folder.file("attempts.jsonl"), provenance(place))
-                dataset = load(run.recipe.factors.data, place)
+                factors = run.recipe.factors
+                dataset = load(factors.data, place, factors.augment == "flip")
                 inputs = check_inputs(run, folders.__getitem__, dataset)
                 arguments = run, sources, folders.__getitem__, dataset, place, lambda: stopping
-                finished = folder.trained is not None or train(*arguments, inputs)
+                try:
+                    finished = folder.trained is not None or train(*arguments, inputs)
+                except torch.OutOfMemoryError:
+                    finished = None  # what it held is free once the handler is left
+                if finished is None:
+                    raise StudyError(too_large(*arguments[:-1]))
                 if not finished or not measure(*arguments):
                     reason, result = "stopped", STOPPED
             except Exception as error:  # the run's outcome, told in its log and in the state table

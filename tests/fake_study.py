@@ -296,6 +296,14 @@ def instruments(folder: Path, seeds: Sequence[int] = (0, 1, 2), cell: str = "dig
                 "predicted_slope_loss": None, "predicted_slope_gradient": -1.0,
                 "value": -0.98 * wobble}, ema="raw", score={"kind": "single_sample"},
                 against=against, N=N, batches=16)
+            off = [None, *(0.02 / (1 + s) for s in SIGMA[1:])]
+            put("gradient_rounding", {
+                "sigma": SIGMA, "r": [s / 1.2 for s in SIGMA], "N": 161, "error": off,
+                "error_se": [x and 0.03 * x for x in off], "bias": [x and x / 4 for x in off],
+                "error_over_noise": [0.01 * s for s in SIGMA], "residual_error": off[::-1],
+                "law": {"error": 0.012 * wobble, "error_se": 1e-4, "cosine_batch": 0.99993,
+                        "bias": None if k else 0.003, "bias_se": None if k else 0.001},
+                "value": 0.012 * wobble}, ema="raw", sigmas=6, batches=16)
             error = [0.0, *(0.05 * 2**k * s**0.3 * wobble for s in SIGMA[1:])]
             paths = {p: [e * (1 + 0.3 * j) for e in error]
                      for j, p in enumerate(("teacher", "second_teacher", "empirical"))}

@@ -20,6 +20,7 @@ from study.factors import (
     Budget,
     Consistency,
     Continuous,
+    DdpmPP,
     Factors,
     Mixture,
     Mlp,
@@ -39,17 +40,23 @@ from study.store import Store
 
 KEY, DRAW = torch.tensor(77), torch.tensor(78)
 SIGMA = Sigma(data=0.5)
-KINDS = [(Mlp(width=16, depth=2), (3,)), (Unet(width=8, levels=2), (1, 5, 5))]
+KINDS = [
+    (Mlp(width=16, depth=2), (3,)),
+    (Unet(width=8, levels=2), (1, 5, 5)),
+    (DdpmPP(width=8, mult=(1, 2), blocks=1, attention=(4,)), (1, 4, 4)),
+]
 WHOLE = 1.0  # the tangent's second half at full size
 
 
 def network(kind: Network, shape: tuple[int, ...], drop: float = 0.0, **more: object) -> nn.Module:
-    """A network in float64, its output layer switched on."""
+    """A network in float64, what starts at zero or near it switched on."""
     net = networks.build(kind, shape, drop, 0, "student", **more)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        drawn = torch.randn(net.out.weight.shape, generator=generator)
-        net.out.weight.copy_(drawn / math.sqrt(net.out.weight[0].numel()))
+        for weight in net.parameters():
+            if weight.ndim > 1 and weight.abs().max() < 1e-3:
+                drawn = torch.randn(weight.shape, generator=generator)
+                weight.copy_(drawn / math.sqrt(weight[0].numel()))
     return net.double()
 
 

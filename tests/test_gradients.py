@@ -396,9 +396,9 @@ def test_cosine_under_heavy_noise_where_the_naive_ones_are_far_off() -> None:
     assert result["cosine"] == result["sigma"] == []
     assert abs(result["value"] - COSINE) < 4 * result["law"]["cosine_se"] < 0.2
 
-    drawn = list(gradients._batches(dataset, 16, 4, torch.Generator().manual_seed(1)))
+    drawn = list(gradients.drawn_batches(dataset, 16, 4, torch.Generator().manual_seed(1)))
     sides = [p, changed(p, score=Analytic())]
-    a, b = (torch.stack([gradients._gradient(side, batch, (batch.u, batch.u), 1.0)[0]
+    a, b = (torch.stack([gradients.gradient_of(side, batch, (batch.u, batch.u), 1.0)[0]
                          for batch in drawn]) for side in sides)  # fmt: skip
     same = torch.cosine_similarity(a.mean(0), b.mean(0), dim=0)
     apart = torch.cosine_similarity(a[:8].mean(0), b[8:].mean(0), dim=0)

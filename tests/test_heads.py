@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from studies import read, replaced
-from test_training import CPU, UPDATES, close, same
+from test_training import CPU, close, same, trained
 from torch import Tensor, nn
 
 from study import networks, worker
@@ -38,9 +37,8 @@ from study.meaning import has_head
 from study.models import initial
 from study.scores import Knowledge
 from study.spec import Run
-from study.store import Store, read_lines
-from study.train import train
-from study.weights import load_tensors, snapshot_name, weights_at
+from study.store import Store
+from study.weights import weights_at
 
 SIGMA = Sigma(data=0.5)
 KINDS = [Mlp(width=8, depth=2), Unet(width=8, levels=2)]
@@ -276,30 +274,6 @@ def test_sources_train_under_a_base_with_a_head(tmp_path: Path) -> None:
 # --- what a run carries from update to update ---
 
 
-def trained(folder: Path, change: str, *stops: int) -> tuple[dict[int, Any], dict[str, Tensor]]:
-    """Snapshots by update, and the first weights, of a changed CT, stopped and resumed after each
-    number of updates in `stops`; its sources are trained before it."""
-    text = replaced("at: [0.5, 1.0]", f"at: {list(UPDATES.values())}")
-    text = text.replace("ct: {score: single_sample}", f"ct: {{{change}}}")
-    study = read(folder, text, ("seeds=[0]",))
-    store = Store(folder / "results", study)
-    run = next(r for r in study.runs if r.recipe.name == "ct")
-    for source in run.refs.values():
-        worker.work(study.unique[source], study.unique, store.folders, "cpu")
-    own = store.folders[run.id]
-    own.create(run, {"id": run.id})
-    worker.set_up()
-    dataset = worker.load(run.recipe.factors.data, CPU)
-    for stop in (*stops, None):
-        steps = iter(range(1, 1000))
-        ended = train(run, study.unique, store.folders.__getitem__, dataset, CPU,
-                      lambda stop=stop, steps=steps: next(steps) == stop, {})  # fmt: skip
-        assert ended == (stop is None)
-    assert [row["step"] for row in read_lines(own.file("steps.jsonl"))] == list(range(1, 21))
-    first = initial(run, study.unique, store.folders.__getitem__, dataset).state_dict()
-    return {n: load_tensors(own.file(snapshot_name(at))) for n, at in UPDATES.items()}, first
-
-
 OWN = "score: {kind: own, mu: 0.5, ramp: 0.3}, auxiliary: denoising_head"
 
 
@@ -318,8 +292,8 @@ OWN = "score: {kind: own, mu: 0.5, ramp: 0.3}, auxiliary: denoising_head"
 def test_a_run_stopped_in_its_middle_goes_on_to_the_same_bits(change: str, tmp_path: Path) -> None:
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
-    whole, first = trained(tmp_path / "whole", change)
-    cut, _ = trained(tmp_path / "cut", change, 4, 3)
+    whole, first = trained(tmp_path / "whole", (), ct=change)
+    cut, _ = trained(tmp_path / "cut", (), 4, 3, ct=change)
     assert same(cut, whole)
     assert not same(whole[20]["raw"], first) and not same(whole[20]["raw"], whole[10]["raw"])
     assert ("own" in whole[20]) == ("kind: own" in change)
@@ -331,9 +305,9 @@ def test_own_score_reads_the_average_it_follows(tmp_path: Path) -> None:
     begins at 0, so that the first update is that of single_sample with the same head."""
     for name in ("own", "plain"):
         (tmp_path / name).mkdir()
-    at, w0 = trained(tmp_path / "own", OWN)
+    at, w0 = trained(tmp_path / "own", (), ct=OWN)
     w1, w2 = at[1]["raw"], at[2]["raw"]
     close(at[1]["own"], (1 / 2, w0), (1 / 2, w1))
     close(at[2]["own"], (1 / 4, w0), (1 / 4, w1), (1 / 2, w2))
-    plain, _ = trained(tmp_path / "plain", "auxiliary: denoising_head")
+    plain, _ = trained(tmp_path / "plain", (), ct="auxiliary: denoising_head")
     assert same(plain[1]["raw"], w1) and not same(plain[3]["raw"], at[3]["raw"])

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TORCH_FREE = ("errors", "factors", "meaning", "identity", "layers", "settings", "spec", "checks",
-              "resolve", "store", "seeds", "budget", "launch", "entry", "progress",
+TORCH_FREE = ("errors", "factors", "meaning", "identity", "layers", "settings", "spec", "domains",
+              "checks", "resolve", "store", "seeds", "budget", "launch", "entry", "progress",
               "places", "run", "sample")  # fmt: skip
 HEAVY = {"torch", "torchvision", "torch_fidelity", "sklearn"}
 

@@ -31,7 +31,7 @@ from analysis.style import look, palette
 
 FEW = {k: fake.VARIANTS[k] for k in ("ct", "cd", "cd_exact")}
 DRAWN = {"gradient_noise", "gradient_parts", "gradient_step", "gradient_cosine", "gradient_slopes",
-         "trajectories", "drift"}
+         "gradient_rounding", "trajectories", "drift"}
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +99,9 @@ def test_every_kind_has_its_section_table_and_figure(built: Path) -> None:
     slopes = table(section(built, "Losses and gradients against N"))[0]
     assert slopes["gradients, fitted"].startswith("\u22120.98 ± ")
     assert slopes["gradients, predicted"] == "\u22121" and "losses, predicted" not in slopes
+    half = table(section(built, "Half precision"))
+    assert half[0]["one batch"].startswith("0.012 ± ") and half[0]["seeds"] == "3"
+    assert [r["mean gradient"] for r in half] == ["0.003 ± 0.00058", "–", "–"]
     paths = table(section(built, "One trajectory, one output"))
     assert [(r["variant"], r["path"]) for r in paths[:3]] == [
         ("ct", "the teacher's"), ("ct", "the second teacher's"), ("ct", "the training set's")]
@@ -144,7 +147,8 @@ def test_what_is_compared_and_which_way(built: Path) -> None:
     frame = tables.comparisons(load.load(built.parent))
     assert {"memorisation", "precision", "recall", "class_tv", "trajectory_error"} <= set(
         frame.metric)
-    assert not set(frame.metric) & {"gradient_rho", "gradient_cosine", "slope_gradient"}
+    assert not set(frame.metric) & {"gradient_rho", "gradient_cosine", "slope_gradient",
+                                    "gradient_rounding"}
     frame = frame[(frame.variant == "ct") & (frame.baseline == "cd")].set_index("metric")
     assert frame.effect["trajectory_error"] == pytest.approx(-np.log(2))
     assert frame.effect["recall"] == pytest.approx(0.1)  # less recall is worse

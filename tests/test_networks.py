@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from study import networks
+from study import kernels, networks
 from study.factors import Mlp, Network, Unet
 from study.networks import build, doubled, dropout
 
@@ -86,6 +86,24 @@ def test_weights_are_addressed_by_seed_role_and_name() -> None:
         assert torch.equal(weight, teacher[name]) == (name not in drawn)
     values = [first[n].flatten()[:8] for n in drawn]
     assert all((a - b).abs().min() > 0 for a, b in itertools.combinations(values, 2))
+
+
+def test_weights_of_an_address_stay_what_they_are() -> None:
+    """Finished runs were started from them."""
+    first = {
+        Mlp(width=8, depth=2): {"inp": (-0.308742, 0.463823), "hidden.1": (0.136455, -0.12542)},
+        Unet(width=8): {
+            "inp": (-0.178253, 0.267788),
+            "down.0.0.conv0": (0.041761, 0.063429),
+            "down.1.0.conv1": (-0.024677, 0.137428),
+        },
+    }
+    for kind, layers in first.items():
+        shape = (3,) if isinstance(kind, Mlp) else (1, 8, 8)
+        state = build(kind, shape, 0.0, 3, "student").state_dict()
+        for name, values in layers.items():
+            weight = state[f"{name}.weight"].contiguous().flatten()[:2]
+            assert weight.tolist() == pytest.approx(values, abs=2e-6)
 
 
 def test_weights_have_variance_one_over_fan_in() -> None:
@@ -232,6 +250,7 @@ def test_dropout_in_the_networks(kind: Network, monkeypatch: pytest.MonkeyPatch)
         layers.append(layer)
         return original(h, p, key, layer)
 
-    monkeypatch.setattr(networks, "dropout", noted)
+    for module in (networks, kernels):
+        monkeypatch.setattr(module, "dropout", noted)
     net(x, c_noise, key)
     assert len(set(layers)) == len(layers) > 1  # each layer has a mask of its own

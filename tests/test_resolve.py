@@ -201,6 +201,8 @@ BAD = {
     "unmeasured primary": (replaced("metric: sliced_wasserstein", "metric: fid"), "not measured"),
     "fid of vectors": (TWO_MODES + "  fid: {extractor: digits-cnn, samples: 9}\n", "needs images"),
     "unet on vectors": (replaced("{kind: mlp, width: 16, depth: 1}", "unet"), "needs images"),
+    "ddpmpp on vectors": (
+        replaced("{kind: mlp, width: 16, depth: 1}", "ddpmpp"), "a ddpmpp needs images"),
     "ema not kept": (replaced("draws: 1", "draws: 1, ema: [0.07]"), "ema 0.07"),
     "name with a slash": (replaced("  ct: {", "  ../ct: {"), "name"),
     "name that is no text": (replaced("  ct: {", "  2: {"), "not text"),
@@ -260,6 +262,11 @@ BAD = {
         TWO_MODES.replace("data: {kind: mixture, means: [[-1.0], [1.0]], std: 0.2, samples: 500}",
                           "data: digits").split("measure:")[0].replace("primary", "#")
         .replace("{kind: mlp, width: 16, depth: 1}", "{kind: unet, patch: 3}"), "does not divide"),
+    "attention where there is no resolution": (
+        TWO_MODES.replace("data: {kind: mixture, means: [[-1.0], [1.0]], std: 0.2, samples: 500}",
+                          "data: digits").split("measure:")[0].replace("primary", "#")
+        .replace("{kind: mlp, width: 16, depth: 1}", "ddpmpp"),
+        r"attention at \[16\]; on 8 x 8 images it has \[8, 4, 2\]"),
     "two folders of one name": (
         TWO_MODES.split("measure:")[0].replace("primary", "#").replace("kind: mlp", "kind: mlp")
         + "cells: {a: {data: {kind: images, root: x}}, b: {data: {kind: images, root: y}}}\n",

@@ -18,7 +18,8 @@ from study.instruments import problem_at
 from study.models import initial, make_optimizer
 from study.spec import Run
 from study.store import Store, read_lines
-from study.train import second_moment, set_up, train
+from study.student import second_moment
+from study.train import set_up, train
 from study.weights import load_tensors, snapshot_name
 
 CPU = torch.device("cpu")
@@ -26,14 +27,17 @@ UPDATES = {1: 0.05, 2: 0.1, 3: 0.15, 10: 0.5, 20: 1.0}  # snapshots of 20 update
 
 
 def trained(
-    folder: Path, sets: tuple[str, ...], *stops: int
+    folder: Path, sets: tuple[str, ...], *stops: int, ct: str = "score: single_sample"
 ) -> tuple[dict[int, Any], dict[str, Tensor]]:
-    """Snapshots by update, and the first weights, of CT with other factors, stopped and resumed
-    after each number of updates in `stops`."""
+    """Snapshots by update, and the first weights, of CT with other base factors or keys of its
+    own, stopped and resumed after each number of updates in `stops`; its sources come first."""
     text = replaced("at: [0.5, 1.0]", f"at: {list(UPDATES.values())}")
-    study = read(folder, text, tuple(f"base.{s}" for s in sets))
+    text = text.replace("ct: {score: single_sample}", f"ct: {{{ct}}}")
+    study = read(folder, text, (*(f"base.{s}" for s in sets), "seeds=[0]"))
     store = Store(folder / "results", study)
-    run: Run = next(r for r in study.runs if r.recipe.name == "ct" and r.seed == 0)
+    run: Run = next(r for r in study.runs if r.recipe.name == "ct")
+    for source in run.refs.values():
+        worker.work(study.unique[source], study.unique, store.folders, "cpu")
     own = store.folders[run.id]
     own.create(run, {"id": run.id})
     worker.set_up()

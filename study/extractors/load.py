@@ -20,12 +20,18 @@ FOLDER = Path(__file__).parent
 
 
 class Shape(NamedTuple):
-    """What fixes a SmallCNN: grey images of size x size, first width, features and classes."""
+    """What fixes a SmallCNN: images of channels x size x size, first width, features, classes."""
 
     size: int
     width: int
     features: int
     classes: int
+    channels: int = 1
+
+    @property
+    def image(self) -> tuple[int, int, int]:
+        """Shape of one image."""
+        return self.channels, self.size, self.size
 
 
 class SmallCNN(nn.Module):
@@ -38,7 +44,7 @@ class SmallCNN(nn.Module):
         super().__init__()
         width = shape.width
         self.trunk = nn.Sequential(
-            nn.Conv2d(1, width, 3, padding=1),
+            nn.Conv2d(shape.channels, width, 3, padding=1),
             nn.SiLU(),
             nn.AvgPool2d(2),
             nn.Conv2d(width, 2 * width, 3, padding=1),
@@ -53,13 +59,14 @@ class SmallCNN(nn.Module):
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(shape.features, shape.classes))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features (B, features) of images (B, 1, size, size) in [-1, 1]."""
+        """Features (B, features) of images (B, channels, size, size) in [-1, 1]."""
         return self.trunk(x)
 
 
 EXTRACTORS = {
     "digits-cnn": Shape(size=8, width=16, features=32, classes=10),
     "fashion_mnist-cnn": Shape(size=28, width=24, features=64, classes=10),
+    "cifar10-cnn": Shape(size=32, width=32, features=64, classes=10, channels=3),
 }
 
 
@@ -73,12 +80,12 @@ class Extractor(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (B, features), float32, of uint8 images (B, 1, size, size).
+        """Features (B, features), float32, of uint8 images (B, channels, size, size).
 
         Raises ValueError for another dtype or shape: features of images in the wrong range look
         plausible and are worthless.
         """
-        expected = (1, self.shape.size, self.shape.size)
+        expected = self.shape.image
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != expected:
             raise ValueError(
                 f"{self.name} takes uint8 images (B, {', '.join(map(str, expected))}), "

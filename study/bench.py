@@ -1,0 +1,189 @@
+"""How fast a study trains and is measured on this machine, and what that makes of its length.
+
+Every step that the study's recipes take is timed as training takes it, data on the device,
+optimiser and averages included: medians over steps after a warm-up. TFLOP/s are the forward
+pass's multiply-adds, counted twice by torch's own counter, times the passes of one image (a
+backward pass is two forwards); the ceiling is this device's best square matrix product in the same
+precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from study import worker
+from study.errors import StudyError
+from study.launch import devices
+from study.resolve import load
+from study.run import BENCH, chosen, fetch_data
+from study.spec import Run, Study
+from study.store import Store, write_json
+from study.timing import Site, ceiling, free_of_determinism, step_key, steps_of, timed, together
+from study.train import set_up
+
+EXAMPLES = """examples:
+  python -m study.bench sweeps/grid.yaml                  each variant's speed, and the study's length
+  python -m study.bench sweeps/grid.yaml --workers 16     and how much sixteen at once do together
+  python -m study.bench sweeps/cifar10.yaml --only 'ct-*-s0' --device cuda --set base.batch=128
+"""  # noqa: E501
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        "python -m study.bench",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("study", type=Path, help="a study file, e.g. sweeps/grid.yaml")
+    p.add_argument("--only", action="append", default=[], metavar="PATTERN",
+                   help="only runs VARIANT-CELL-sSEED that match, and their sources")  # fmt: skip
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    p.add_argument("--steps", type=int, default=30, metavar="N", help="updates timed (30)")
+    p.add_argument("--workers", type=int, default=1, metavar="N",
+                   help="also time N processes training at once")  # fmt: skip
+    p.add_argument("--no-measures", action="store_true", help="time training only")
+    p.add_argument("--results", type=Path, default=Path("results"), metavar="DIR",
+                   help="DIR/STUDY/bench.json keeps the figures for study.run --plan")  # fmt: skip
+    p.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE",
+                   help="override a key of the study file")  # fmt: skip
+    return p
+
+
+def forecast(study: Study, rows: Mapping[bytes, Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds of one worker for the whole study: training, first updates, measurements."""
+    total = {"training": 0.0, "first updates": 0.0, "measurements": 0.0}
+    for run in study.unique.values():
+        row = rows.get(step_key(run))
+        if row is None:
+            continue
+        total["training"] += row["seconds_per_image"] * run.recipe.factors.budget.images
+        total["first updates"] += row["first_update_seconds"]
+        total["measurements"] += measuring(run, row)
+    return total
+
+
+def measuring(run: Run, row: Mapping[str, Any]) -> float:
+    """Seconds to make all that is asked of a run; 0 where measurements were not timed."""
+    known = row["measures"]
+    asked = [m.file.partition("-")[2] for m in run.measures]
+    return sum(known.get(name, 0.0) for name in asked)
+
+
+def table(rows: Mapping[str, Mapping[str, Any]], ceilings: Mapping[str, float]) -> Table:
+    """The figures as people read them; rows by the name of a run that takes the step."""
+    shown = Table(title="one update", title_justify="left")
+    for column in ("step of", "parameters", "batch", "precision", "ms", "images/s", "TFLOP/s",
+                   "of ceiling", "peak MiB", "first update s", "measures s"):  # fmt: skip
+        shown.add_column(column, justify="left" if column == "step of" else "right")
+    for name, row in rows.items():
+        speed = row["flops_per_image"] / row["seconds_per_image"]
+        share = speed / ceilings[row["precision"]]
+        shown.add_row(
+            name, f"{row['parameters']:,}", f"{row['batch']}", row["precision"],
+            f"{1000 * row['seconds_per_image'] * row['batch']:.3g}",
+            f"{1 / row['seconds_per_image']:,.0f}", f"{speed / 1e12:.3g}", f"{100 * share:.0f} %",
+            f"{row['peak_mebibytes']:,.0f}", f"{row['first_update_seconds']:.1f}",
+            f"{sum(row['measures'].values()):.1f}")  # fmt: skip
+    return shown
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns the exit status."""
+    options = parser().parse_args(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 150)  # a log has room for the table
+    problems = Console(stderr=True)
+    try:
+        for name in ("steps", "workers"):
+            if not 1 <= getattr(options, name) <= 100_000:
+                raise StudyError(f"--{name} {getattr(options, name)}: a number from 1 expected")
+        study = load(options.study, tuple(options.set))
+        place = devices(options.device, 1)[0]
+        device = torch.device(place)
+        store = Store(options.results, study)
+        fetch_data(study)
+        bench(study, store, options, device, console)
+    except StudyError as error:
+        problems.print(f"error: {error}", style="red", highlight=False, markup=False,
+                       soft_wrap=True)  # fmt: skip
+        return 2
+    return 0
+
+
+def bench(
+    study: Study, store: Store, options: argparse.Namespace, device: torch.device, console: Console
+) -> None:
+    """Times everything, prints it, and keeps it for --plan."""
+    runs = steps_of(chosen(study, options.only))
+    if not runs:
+        raise StudyError(f"{options.study}: nothing here is trained")
+    set_up()
+    ceilings = {p: ceiling(device, p) for p in {r.recipe.factors.precision for r in runs.values()}}
+    rows: dict[bytes, dict[str, Any]] = {}
+    with TemporaryDirectory() as folder:
+        here = Site(study, device, Path(folder))
+        for key, run in track(list(runs.items()), "timing", console=console):
+            rows[key] = timed(here, run, options.steps, not options.no_measures)
+        key, run = next(iter(runs.items()))
+        free = free_of_determinism(here, run, options.steps)
+    names = {f"{r.recipe.name}-{r.recipe.cell}": rows[k] for k, r in runs.items()}
+    console.print(table(names, ceilings))
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "one CPU thread"
+    for precision, flops in ceilings.items():
+        console.print(f"ceiling of {where} in {precision}: {flops / 1e12:.3g} TFLOP/s")
+    deterministic = rows[key]["seconds_per_image"] / free
+    console.print(f"determinism: a step of {run.recipe.name} takes {deterministic:.2f} times what "
+                  "it takes with kernels chosen by speed alone", highlight=False)  # fmt: skip
+    result = {
+        "device": where,
+        "torch": torch.__version__,
+        "code": worker.CODE["code"],
+        "ceilings": ceilings,
+        "determinism": {"of": run.recipe.name, "ratio": deterministic},
+        "steps": names,
+        "recipes": recipes(study, rows),
+    }
+    if options.workers > 1:
+        result["together"] = {}
+        for run in runs.values():
+            one, all_ = (together(study, run, str(device), n) for n in (1, options.workers))
+            ratio = all_ / one
+            name = f"{run.recipe.name}-{run.recipe.cell}"
+            result["together"][name] = {"workers": options.workers, "ratio": ratio}
+            console.print(f"{options.workers} of {name} at once: {ratio:.2f} times the "
+                          "images of one alone", highlight=False)  # fmt: skip
+    total = forecast(study, rows)
+    result["forecast_seconds"] = total
+    parts = ", ".join(f"{name} {value / 3600:.2f}" for name, value in total.items())
+    missing = sum(step_key(r) not in rows for r in study.unique.values())
+    left_out = f"; {missing} of {len(study.unique)} runs not timed" if missing else ""
+    console.print(f"the whole study on one worker: {sum(total.values()) / 3600:.2f} hours "
+                  f"({parts}{left_out})", highlight=False)  # fmt: skip
+    store.path.mkdir(parents=True, exist_ok=True)
+    write_json(store.path / BENCH, result)
+
+
+def recipes(study: Study, rows: Mapping[bytes, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """What --plan reads: seconds per image, and of all else, by cell/name."""
+    result = {}
+    for run in study.unique.values():
+        if (row := rows.get(step_key(run))) is not None:
+            rest = row["first_update_seconds"] + measuring(run, row)
+            result[f"{run.recipe.cell}/{run.recipe.name}"] = {
+                "seconds_per_image": row["seconds_per_image"], "seconds_beside": rest}  # fmt: skip
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

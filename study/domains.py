@@ -1,0 +1,52 @@
+"""What is known of data before they are read: how large the images are and how many, and so which
+extractor fits and how many references there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from study.errors import StudyError
+from study.factors import Data, Factors, FittedMixture, Mixture
+from study.settings import Measure
+
+# images of each data set's smaller part, and of the part that is trained on
+HELD_OUT = {"digits": 400, "fashion_mnist": 10_000, "cifar10": 5_000}
+TRAIN = {"digits": 997, "fashion_mnist": 50_000, "cifar10": 50_000}
+SIDE = {"digits": 8, "fashion_mnist": 28, "cifar10": 32}
+CHANNELS = {"digits": 1, "fashion_mnist": 1, "cifar10": 3}
+FEATURES = ("fid", "kid", "coverage")  # what has an extractor
+
+Where = Callable[[str], str]  # file and key path, as written, of a key
+
+
+def references_in(factors: Factors) -> int:
+    """How many points references are drawn from; of a folder of images nobody knows before it is
+    read."""
+    data = factors.data
+    if isinstance(data, Mixture | FittedMixture):
+        return data.samples or factors.batch
+    n = TRAIN.get(data.__struct_config__.tag, 1_000_000)
+    return 2 * n if factors.augment == "flip" else n
+
+
+def references_of(data: Data) -> int:
+    """How many images of one part, training or held out, there are to compare with at least."""
+    if isinstance(data, FittedMixture):
+        return min(data.held_out, data.samples or data.held_out)
+    return HELD_OUT.get(data.__struct_config__.tag, 1_000_000)
+
+
+def check_extractors(measure: Measure, image: tuple[int, int], data: str, where: Where) -> None:
+    """Every extractor asked for takes images of the data's (channels, side)."""
+    for metric in FEATURES:
+        name = getattr(getattr(measure, metric), "extractor", None)
+        domain = name and name.rpartition("-")[0]
+        if domain not in SIDE:  # none, or one that takes any images
+            continue
+        takes = CHANNELS[domain], SIDE[domain]
+        if takes != image:
+            found, allowed = (f"{c} x {side} x {side}" for c, side in (image, takes))
+            raise StudyError(
+                f"{where(metric)}: {name} is not an extractor for {data}: it takes {allowed} "
+                f"images, and those are {found}"
+            )

@@ -1,0 +1,133 @@
+"""The bench: what is timed, what is counted, and what it makes of a study's length."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from studies import TWO_MODES, read, replaced, write
+
+from study import run as command
+from study import worker
+from study.bench import main
+from study.errors import StudyError
+from study.resolve import load
+from study.store import Store
+from study.student import largest_batch
+from study.timing import step_key, steps_of, together
+
+WARM = """\
+  ct_warm: {from: ct, init: {run: edm}}
+  ct_twin: {from: ct, data_stream: 1}
+  ct_short: {from: ct, budget: {share: 0.5}}
+  ct_l2: {from: ct, distance: l2}
+"""
+
+
+@pytest.fixture(scope="module")
+def benched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """The folder and the figures of a bench of the small study."""
+    folder = tmp_path_factory.mktemp("bench")
+    path = write(folder, replaced("seeds: [0, 1]", WARM + "seeds: [0, 1]"))
+    words = [str(path), "--device", "cpu", "--steps", "3", "--results", str(folder / "results")]
+    assert main(words) == 0
+    return folder, json.loads((folder / "results/small/bench.json").read_text())
+
+
+def test_a_step_is_timed_once_however_many_runs_take_it(tmp_path: Path) -> None:
+    study = read(tmp_path, replaced("seeds: [0, 1]", WARM + "seeds: [0, 1]"))
+    keys = {r.recipe.name: step_key(r) for r in study.runs}
+    assert keys["ct"] == keys["ct_warm"] == keys["ct_twin"] == keys["ct_short"]
+    assert len({keys[name] for name in ("edm", "ct", "cd", "ct_l2")}) == 4
+    assert len(steps_of(list(study.unique.values()))) == 4
+
+
+def test_figures_of_a_step(benched: tuple[Path, dict]) -> None:
+    """MLP 1 -> 16 -> 1 with one hidden layer of 16 and a label of 64: multiply-adds by hand."""
+    _, found = benched
+    steps = found["steps"]
+    assert set(steps) == {"edm-small", "ct-small", "cd-small", "ct_l2-small"}
+    multiply_adds = 1 * 16 + 64 * 16 + 16 * 16 + 16 * 1
+    parameters = 2 * 16 + 65 * 16 + 17 * 16 + 17
+    for name, passes in (("edm", 3), ("ct", 4), ("cd", 5), ("ct_l2", 4)):
+        row = steps[f"{name}-small"]
+        assert row["flops_per_image"] == 2 * multiply_adds * passes
+        assert row["parameters"] == parameters and row["batch"] == 64
+        assert row["seconds_per_image"] > 0 and row["peak_mebibytes"] > 0
+        assert any("sliced_wasserstein" in m for m in row["measures"])
+    assert found["ceilings"]["float32"] > 1e9 and found["determinism"]["ratio"] > 0
+
+
+def test_the_forecast_adds_up_every_run(benched: tuple[Path, dict]) -> None:
+    folder, found = benched
+    images = {"edm": 1280, "ct": 3.5 * 1280, "cd": 1280, "ct_l2": 1280}  # ct also warm, twin, half
+    training = sum(
+        2 * n * found["steps"][f"{name}-small"]["seconds_per_image"] for name, n in images.items()
+    )
+    assert found["forecast_seconds"]["training"] == pytest.approx(training)
+    ct = found["steps"]["ct-small"]
+    beside = found["recipes"]["small/ct"]["seconds_beside"] - ct["first_update_seconds"]
+    assert beside == pytest.approx(2 * sum(ct["measures"].values()))  # at 0.5 and 1.0
+
+
+def test_plan_tells_the_benchs_forecast(
+    benched: tuple[Path, dict], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, found = benched
+    words = [str(folder / "small.yaml"), "--plan", "--results", str(folder / "results")]
+    assert command.main(words) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    minutes = found["forecast_seconds"]["training"] / 60
+    assert f"takes about {minutes:.1f} minutes of one worker by study.bench on one CPU" in text
+
+
+def test_several_at_once_do_work(tmp_path: Path) -> None:
+    study = load(write(tmp_path))
+    run = next(r for r in study.runs if r.recipe.name == "cd")
+    assert together(study, run, "cpu", 2) > 100  # images a second; thousands on any machine
+
+
+def test_bad_words_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(write(tmp_path))
+    assert main([path, "--steps", "0"]) == 2
+    assert main([path, "--only", "nothing"]) == 2
+    if not torch.cuda.is_available():
+        assert main([path, "--device", "cuda"]) == 2
+    assert "no GPU here" in capsys.readouterr().err or torch.cuda.is_available()
+
+
+def test_the_batch_that_fits_lies_on_the_line_of_peaks() -> None:
+    """10 bytes and 3 a row: 100 bytes hold 30 rows, which are 24 in eights."""
+    assert largest_batch({4: 22, 8: 34}, 100, 1000) == 24
+    assert largest_batch({4: 22, 8: 34}, 100, 16) == 8  # 16 was too many: 15 at most
+    assert largest_batch({1: 13, 2: 16}, 30, 16) == 6
+
+
+def test_out_of_memory_says_the_batch_that_would_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = load(write(tmp_path))
+    store, run = Store(tmp_path / "results", study), study.runs[0]
+
+    def full(*_: object) -> bool:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(worker, "train", full)
+    monkeypatch.setattr(worker, "batch_that_fits", lambda *_: 24)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 80 * 2**30))
+    assert worker.work(run, study.unique, store.folders, "cpu") == worker.FAILED
+    folder = store.folders[run.id]
+    expected = "batch: 64 needs more than the 80 GiB of this GPU; about 24 would fit"
+    assert folder.reason() == expected
+    assert not folder.file("trained.json").exists()
+
+
+def test_nothing_trained_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = TWO_MODES.replace("seeds:", "  copy: {init: {run: edm}, budget: {images: 0}}\nseeds:")
+    study = load(write(tmp_path, text))
+    copies = [r for r in study.runs if r.recipe.name == "copy"]
+    assert steps_of(copies) == {}
+    with pytest.raises(StudyError, match="no run matches"):
+        command.chosen(study, ["copies*"])
