@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 
 from study.budget import snapshot_images
 from study.domains import CHANNELS, SIDE, Where, check_extractors, images_in, references_in
@@ -25,7 +25,6 @@ from study.factors import (
     FromRun,
     Frozen,
     Heun,
-    Images,
     KSample,
     Mixture,
     Mlp,
@@ -156,18 +155,6 @@ def check_reference(
         raise StudyError(f"{where}: {name!r} is trained on other noise levels (sigma)")
     if factor == "init" and source.network != factors.network:
         raise StudyError(f"{where}: {name!r} has another network; weights can't be copied")
-
-
-def check_folders(recipes: Iterable[Recipe], where: Callable[[Recipe], str]) -> None:
-    """Folders of images are told apart by name; an id does not hold where they lie."""
-    roots: dict[str, str] = {}
-    for recipe in recipes:
-        data = recipe.factors.data
-        if isinstance(data, Images) and roots.setdefault(data.name, data.root) != data.root:
-            raise StudyError(
-                f"{where(recipe)}: data.root: {data.root!r} and {roots[data.name]!r} are both "
-                f"called {data.name!r}; give each a data.name of its own"
-            )
 
 
 def check_score(score: Score, factors: Factors, where: str) -> None:

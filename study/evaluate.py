@@ -89,14 +89,15 @@ def sampled(
     seed: int,
     draw: int,
     device: torch.device,
+    chunk: int = CHUNK,
 ) -> Iterator[Tensor]:
-    """record['samples'] samples with record['nfe'] network evaluations, CHUNK (B, ...) at a time.
-    Their noise is one draw, whatever CHUNK is."""
+    """record['samples'] samples with record['nfe'] network evaluations, `chunk` (B, ...) at a
+    time. Their noise is one draw, whatever `chunk` is."""
     n, nfe, mid = record["samples"], record["nfe"], record["mid"]
     z = noise((n, *shape), device, seed, "sample", draw, 0)
     z_mid = noise((n, *shape), device, seed, "sample", draw, 1) if nfe == 2 else None
-    for i in range(0, n, CHUNK):
-        rows = slice(i, i + CHUNK)
+    for i in range(0, n, chunk):
+        rows = slice(i, i + chunk)
         yield (
             heun(model, z[rows], nfe, sigma)
             if nfe > 2
@@ -112,9 +113,10 @@ def samples(
     seed: int,
     draw: int,
     device: torch.device,
+    chunk: int = CHUNK,
 ) -> Tensor:
     """All of `sampled` (n, ...)."""
-    return torch.cat(list(sampled(model, record, shape, sigma, seed, draw, device)))
+    return torch.cat(list(sampled(model, record, shape, sigma, seed, draw, device, chunk)))
 
 
 # --- images ---

@@ -235,6 +235,14 @@ class FromRun(Kind, frozen=True, tag="run"):
     run: Name
 
 
+class FromWeights(Kind, frozen=True, tag="weights"):
+    """Weights of a file from outside: an EDM or ECT snapshot (.pkl), a state dict or a snapshot of
+    a run (.pt, .pth; its first EMA), .safetensors. The file is known by its name, the last part of
+    the path, and may move; its digest stands in trained.json."""
+
+    weights: Annotated[str, Meta(pattern=r"[^/]\.(pkl|pt|pth|safetensors)$")]
+
+
 class NoHead(Kind, frozen=True, tag="none"):
     """No auxiliary loss."""
 
@@ -404,7 +412,7 @@ Data = Digits | FashionMnist | Cifar10 | Images | Mixture | FittedMixture
 Network = Mlp | Unet | DdpmPP
 Objective = Consistency | Denoising | Continuous | FixedPoint
 Score = Inner | Windowed | Own
-Init = Random | FromRun
+Init = Random | FromRun | FromWeights
 Target = Stopgrad | Ema | Frozen
 Solver = Euler | Heun
 Discretization = Fixed | Doubling | Progressive | EctMapping

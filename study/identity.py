@@ -12,10 +12,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from functools import cache, reduce
+from pathlib import PurePath
 
 import msgspec
 
-from study.factors import Factors
+from study.factors import Factors, FromWeights
 from study.meaning import ignored
 
 SCHEMA = 2  # raise it when a default changes or a value changes its meaning
@@ -27,6 +28,7 @@ OUTSIDE = (
     "measure",
     "charge",
     "data.root",
+    "the folder of a file of weights, and its content (trained.json)",
     "device",
     "number of workers",
     "paths",
@@ -52,6 +54,8 @@ def difference(value: object) -> object:
     if not isinstance(value, msgspec.Struct):
         return msgspec.to_builtins(value)
     tag = value.__struct_config__.tag
+    if isinstance(value, FromWeights):
+        return {"kind": tag, "weights": PurePath(value.weights).name}
     result = {"kind": tag} if tag else {}
     for field in _fields(type(value)):
         here = getattr(value, field.name)

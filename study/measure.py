@@ -23,6 +23,7 @@ from study import evaluate, instruments, oracle, probes, reference, trajectories
 from study.data import Dataset, to_uint8
 from study.extractors.names import is_inception
 from study.factors import Denoising
+from study.mixtures import Density
 from study.models import Lookup, finished, knowledge, level_range
 from study.settings import HEUN_NFE, PROBES, Settings
 from study.spec import Run
@@ -265,22 +266,43 @@ def picture(snapshot: Snapshot) -> bytes:
         -1,
         snapshot.device,
     )
+    return grid(x) if snapshot.dataset.images else scatter(x, snapshot.dataset.density)
+
+
+def png(image: np.ndarray, scale: int = 1) -> bytes:
+    """PNG of uint8 pixels (H, W, 1 or 3), each drawn as `scale` a side."""
     file = io.BytesIO()
-    if snapshot.dataset.images:
-        rows = to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()  # (n, S, S, C)
-        rows = np.pad(rows, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=FRAME)
-        size = rows.shape[1]
-        grid = rows.reshape(GRID, GRID, size, size, -1).swapaxes(1, 2).reshape(
-            GRID * size, GRID * size, -1)  # fmt: skip
-        image = Image.fromarray(grid.squeeze(-1) if grid.shape[-1] == 1 else grid)
-        scale = max(1, PIXELS // grid.shape[0])
-        image.resize((grid.shape[0] * scale,) * 2, Image.Resampling.NEAREST).save(file, "png")
-        return file.getvalue()
+    shown = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+    size = shown.width * scale, shown.height * scale
+    shown.resize(size, Image.Resampling.NEAREST).save(file, "png")
+    return file.getvalue()
+
+
+def pixels(x: Tensor) -> np.ndarray:
+    """Images (n, C, S, S) in [-1, 1] as uint8 (n, S, S, C)."""
+    return to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def grid(x: Tensor) -> bytes:
+    """PNG of images (n, C, S, S) in rows, as many as there are columns, framed."""
+    side = math.ceil(math.sqrt(len(x)))
+    free = side**2 - len(x)
+    rows = np.pad(pixels(x), ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=FRAME)
+    rows = np.pad(rows, ((0, free), (0, 0), (0, 0), (0, 0)), constant_values=FRAME)
+    size = rows.shape[1]
+    whole = rows.reshape(side, side, size, size, -1).swapaxes(1, 2)
+    whole = whole.reshape(side * size, side * size, -1)
+    return png(whole, max(1, PIXELS // len(whole)))
+
+
+def scatter(x: Tensor, density: Density) -> bytes:
+    """PNG of vectors (n, d): a histogram on a line, else their first two coordinates."""
     from matplotlib.figure import Figure  # vectors only: images need no plotting library
 
+    file = io.BytesIO()
     figure = Figure(figsize=(2.56, 2.56), dpi=100)
     axes = figure.add_axes((0, 0, 1, 1), frameon=False, xticks=[], yticks=[])
-    density, x = snapshot.dataset.density, x.cpu().numpy()
+    x = x.cpu().numpy()
     reach = float(density.means.abs().max() + 4 * density.stds.max())
     if x.shape[1] == 1:
         axes.hist(x[:, 0], bins=120, range=(-reach, reach), color="0.2")

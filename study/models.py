@@ -11,7 +11,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from study import networks, oracle, schedules
+from study import interop, networks, oracle, schedules
 from study.capture import compiled, in_rows
 from study.consistency import Function, consistency, denoised, denoiser, scaled
 from study.data import Dataset
@@ -26,6 +26,7 @@ from study.factors import (
     FixedPoint,
     FromRun,
     Frozen,
+    Objective,
     Optimizer,
     Own,
     RAdam,
@@ -34,19 +35,22 @@ from study.factors import (
 from study.losses import Problem
 from study.meaning import has_head, ignored, reads_law, references
 from study.networks import Network
+from study.places import present, weights_file
 from study.posterior import law_of
 from study.scores import Denoiser, Knowledge
 from study.spec import Run
-from study.store import Folder
+from study.store import Folder, sha256
 from study.weights import snapshot_name, weights_at
 
 Lookup = Callable[[str], Folder]  # a run's folder by its id
 
 
 def check_inputs(run: Run, lookup: Lookup, dataset: Dataset) -> dict[str, str]:
-    """SHA-256 of the final snapshot of each run that this one reads, by id.
+    """SHA-256 of the final snapshot of each run that this one reads, by id, and of the file that
+    its weights come from, by name.
 
-    Raises StudyError where a finished run, this one or a source, was trained on other data.
+    Raises StudyError where a finished run, this one or a source, was trained on other data, or
+    this one from other weights. Of a finished run the file may be gone.
     """
     own, sources = lookup(run.id).trained, {i: lookup(i).trained for i in run.refs.values()}
     for name, trained in {run.id: own, **sources}.items():
@@ -56,9 +60,15 @@ def check_inputs(run: Run, lookup: Lookup, dataset: Dataset) -> dict[str, str]:
                 f"now {dataset.digest}; bring the old data back, or remove the folder"
             )
     inputs = {i: t["sha256"][snapshot_name(1.0)] for i, t in sources.items() if t}
+    names = dict(run.refs)
+    if file := weights_file(run.recipe.factors):
+        names[str(file)] = file.name
+        gone = own and not file.exists()
+        inputs[file.name] = own["inputs"].get(file.name) if gone else sha256(present(file))
     if own and own["inputs"] != inputs:
+        changed = [k for k, name in names.items() if own["inputs"].get(name) != inputs.get(name)]
         raise StudyError(
-            f"{lookup(run.id).path}: trained from another {', '.join(run.refs)} than its source "
+            f"{lookup(run.id).path}: trained from another {', '.join(changed)} than its source "
             "now holds; bring the old source back, or remove this folder"
         )
     return inputs
@@ -104,10 +114,16 @@ def finished(
         return fixed_point(factors, dataset)
     net = network(factors, dataset)
     net.load_state_dict(weights_at(folder, at, ema or factors.weights_ema[0]))
+    return function_of(net, factors.objective, level_range(factors, dataset), device, rows)
+
+
+def function_of(
+    net: Network, objective: Objective, sigma: Sigma, device: torch.device, rows: int
+) -> Function:
+    """The denoiser D(x_t, t) or the consistency model f(x_t, t) of a network with its weights."""
     net = compiled(net.eval().requires_grad_(False), device)
-    models = isinstance(factors.objective, Consistency | Continuous)
+    models = isinstance(objective, Consistency | Continuous)
     function = consistency if models else denoiser
-    sigma = level_range(factors, dataset)
     return in_rows(lambda x_t, t: function(net, x_t, t, sigma), rows, device)
 
 
@@ -155,6 +171,11 @@ def initial(run: Run, sources: Mapping[str, Run], lookup: Lookup, dataset: Datas
         own = {k: v for k, v in net.state_dict().items() if k.startswith("head.")}
         shared = {k: v for k, v in weights.items() if not k.startswith("head.")}
         net.load_state_dict({**own, **shared, **{k: weights[k] for k in own if k in weights}})
+    elif file := weights_file(factors):
+        outside = interop.read(file)
+        as_is = factors.budget.images == 0
+        interop.agree(outside, factors.objective, level_range(factors, dataset), as_is)
+        net.load_state_dict(interop.fit(outside, net))
     return net
 
 

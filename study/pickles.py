@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from study.errors import StudyError
 
 LARGEST = 1 << 30  # bytes
+MOST_TUPLES = 50_000  # one in another that deep overflows the C stack when it is hashed
+PUTS = ("PUT", "BINPUT", "LONG_BINPUT")
 
 
 def restricted(
@@ -35,11 +38,25 @@ def restricted(
     if len(data) > largest:
         raise StudyError(f"{where}: found a pickle of {len(data)} bytes; allowed: {largest}")
     try:
+        _scan(data, where)
         return _Reader(data, allowed, where).load()
     except StudyError:
         raise
     except Exception as error:  # a torn or forged pickle leads the machine to raise anything
         raise StudyError(f"{where}: cannot be read as a pickle: {error!r}") from error
+
+
+def _scan(data: bytes, where: str) -> None:
+    """Refuses what would have the machine take memory or stack out of proportion to the pickle: a
+    place of its memory far beyond the pickle's end, bytes that are not there, endless nesting."""
+    tuples = 0
+    for opcode, argument, at in pickletools.genops(data):
+        tuples += opcode.name.startswith("TUPLE")
+        if tuples > MOST_TUPLES:
+            raise StudyError(f"{where}: the pickle has more than {MOST_TUPLES} tuples")
+        if opcode.name in PUTS and argument > at:
+            raise StudyError(f"{where}: {opcode.name} {argument} at byte {at} of the pickle: it "
+                             "asks for more memory than it can fill")  # fmt: skip
 
 
 class _Reader(pickle.Unpickler):

@@ -11,12 +11,13 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from study.checks import check_folders, check_measure, check_primary, check_recipe
+from study.checks import check_measure, check_primary, check_recipe
 from study.errors import StudyError, nearest
 from study.factors import Budget, Factors
 from study.identity import run_id
 from study.layers import Layered, mapping, read_file, read_yaml
 from study.meaning import references, simplest
+from study.places import check_places
 from study.settings import Measure, Settings, score_settings, settings_of
 from study.spec import Primary, Recipe, Run, Study, check_rounding, compared
 
@@ -104,7 +105,7 @@ class Resolver:
         for recipe in recipes:
             sources = {r.name: r for r in recipes if r.cell == recipe.cell and r.role == "teacher"}
             check_recipe(recipe, self._where(recipe), sources, self.variants)
-        check_folders(recipes, self._where)
+        check_places(recipes, self._where)
         check_rounding(recipes, self.file)
         ordered = {cell: tuple(self._order(cell, table)) for cell in self.cells}
         runs, asked = [], set()

@@ -20,6 +20,7 @@ from study.domains import check_extractors
 from study.errors import StudyError, nearest
 from study.factors import Cifar10, FashionMnist, Images
 from study.launch import Launcher, devices
+from study.places import present, weights_file
 from study.progress import Display, label, state_table
 from study.resolve import load
 from study.spec import Run, Study
@@ -129,6 +130,17 @@ def fetch_data(study: Study) -> None:
                     check_extractors(recipe.measure, image, data.root, where)
 
 
+def check_weights(store: Store, wanted: list[Run], thorough: bool) -> None:
+    """The files that runs to be trained begin with are there; thorough: and are what they say."""
+    untrained = [r for r in wanted if store.folders[r.id].trained is None]
+    for path in {p for r in untrained if (p := weights_file(r.recipe.factors))}:
+        present(path)
+        if thorough:
+            from study import interop  # torch, which --plan and --status do without
+
+            interop.read(path)
+
+
 def forecast(store: Store, new: list[Run]) -> str | None:
     """How long training `new` takes one worker, in words.
 
@@ -197,11 +209,13 @@ def main(arguments: list[str] | None = None) -> int:
         study = load(options.study, tuple(options.set))
         store, wanted = Store(options.results, study), chosen(study, options.only)
         if options.plan:
+            check_weights(store, wanted, thorough=False)
             show_plan(console, store, wanted)
             return 0
         if not options.status:
             slots = devices(options.device, options.workers)
             fetch_data(study)
+            check_weights(store, wanted, thorough=True)
             store.write_study(options.study)
             done = {i for i, s in store.states(thorough=True).items() if s == "done"}
             display = Display(console, wanted, done)

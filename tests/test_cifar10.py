@@ -202,11 +202,11 @@ SET = b"(" + text(b"__code__") + text(b"x") + b"d"  # {"__code__": "x"}
     (b"\x80\x02cnumpy\ndtype\n" + text(b"u1") + b"\x85R" + b"Nb" + b"}.", "found a dict of ;"),
     (b"\x80\x02U\x03idxQ.", "refers to something outside it, b'idx'"),
     (b"\x80\x06].", "cannot be read as a pickle: .*unsupported pickle protocol: 6"),
-    (b"", "cannot be read as a pickle: EOFError"),
+    (b"", "cannot be read as a pickle"),
     (b"\xff\xd8\xff\xe0JFIF", "cannot be read as a pickle"),
     (official()["test_batch"][:-9], "cannot be read as a pickle"),
     (b"\x80\x05\x96" + struct.pack("<Q", 2**62) + b".", "cannot be read as a pickle"),
-    (b"\x80\x02" + b"(" * 100_000 + b"t" * 100_000 + b".", "found tuple"),
+    (b"\x80\x02" + b"(" * 100_000 + b"t" * 100_000 + b".", "more than 50000 tuples"),
 ])  # fmt: skip
 def test_a_batch_of_anything_else_is_refused(body: bytes, message: str) -> None:
     with pytest.raises(StudyError, match=f"^where: .*{message}"):

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 TORCH_FREE = ("errors", "factors", "meaning", "identity", "layers", "settings", "spec", "domains",
               "checks", "resolve", "store", "seeds", "budget", "launch", "entry", "progress",
-              "run")  # fmt: skip
+              "places", "run", "sample")  # fmt: skip
 HEAVY = {"torch", "torchvision", "torch_fidelity", "sklearn"}
 
 
@@ -60,8 +60,9 @@ def test_analysis_reads_folders_and_nothing_else() -> None:
 
 
 def test_help_and_plan_load_no_torch() -> None:
-    for words in (["--help"], [str(ROOT / "sweeps" / "grid.yaml"), "--plan"]):
-        code = ("import sys; from study.run import main\n"
+    plan = [str(ROOT / "sweeps" / "grid.yaml"), "--plan"]
+    for module, words in (("run", ["--help"]), ("run", plan), ("sample", ["--help"])):
+        code = (f"import sys; from study.{module} import main\n"
                 f"try: main({words!r})\nexcept SystemExit: pass\n"
                 "assert not {'torch', 'pandas', 'sklearn'} & set(sys.modules)")  # fmt: skip
         words = [sys.executable, "-c", code]

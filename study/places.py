@@ -1,0 +1,50 @@
+"""What a study names and does not hold: folders of images, files of weights.
+
+Both are told apart by a name and not by where they lie, so that they may move: their content is
+digested into trained.json when a run starts, and a run refuses to go on with another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from os.path import abspath
+from pathlib import Path
+
+from study.errors import StudyError
+from study.factors import Factors, FromWeights, Images
+from study.meaning import ignored
+from study.spec import Recipe
+
+
+def weights_file(factors: Factors) -> Path | None:
+    """The file that a run's first weights come from."""
+    outside = isinstance(factors.init, FromWeights) and "init" not in ignored(factors)
+    return Path(factors.init.weights) if outside else None
+
+
+def present(path: Path) -> Path:
+    """The path. Raises StudyError where no file is there."""
+    if not path.is_file():
+        raise StudyError(f"init.weights: {path}: no such file")
+    return path
+
+
+def _places(factors: Factors) -> Iterator[tuple[str, str, str, str]]:
+    """Key, name and path of each, and how to tell two of one name apart."""
+    if isinstance(factors.data, Images):
+        yield "data.root", factors.data.name, factors.data.root, "give each a data.name of its own"
+    if path := weights_file(factors):
+        yield "init.weights", path.name, str(path), "rename one"
+
+
+def check_places(recipes: Iterable[Recipe], where: Callable[[Recipe], str]) -> None:
+    """No two places of one study have one name. Raises StudyError; where: a recipe's place."""
+    known: dict[tuple[str, str], str] = {}
+    for recipe in recipes:
+        for key, name, path, mend in _places(recipe.factors):
+            other = known.setdefault((key, name), path)
+            if abspath(other) != abspath(path):
+                raise StudyError(
+                    f"{where(recipe)}.{key}: {path!r} and {other!r} are both called {name!r}; "
+                    f"{mend}"
+                )
