@@ -111,6 +111,18 @@ def put(tree: dict, path: list[str], value: object, where: str) -> None:
     tree[last] = value
 
 
+def overlay(tree: dict, path: list[str], value: object, where: str) -> None:
+    """Replaces tree[path[0]][path[1]]... by value, making the mappings on the way."""
+    for name in path[:-1]:
+        below = tree.get(name)
+        below = {"kind": below} if isinstance(below, str) else below
+        tree[name] = below = mapping(below, f"{where}: {name}")
+        tree = below
+    if not all(path):
+        raise StudyError(f"{where}: an empty name in the key path")
+    tree[path[-1]] = value
+
+
 class Layered:
     """Values of one struct type merged from layers, with the key path that each came from."""
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from study import factors, seeds
+from study import seeds, subjects
 from study.ddpmpp import DdpmPP
 from study.errors import StudyError
 from study.meaning import misfit
@@ -148,7 +148,7 @@ class Unet(Network):
 
 
 def build(
-    network: factors.Network,
+    network: subjects.Network,
     shape: tuple[int, ...],
     drop: float,
     seed: int,
@@ -161,11 +161,11 @@ def build(
     if len(shape) == 3 and (why := misfit(network, shape[-1])):
         raise StudyError(f"network: {why}")
     match network:
-        case factors.Mlp(width=width, depth=depth):
+        case subjects.Mlp(width=width, depth=depth):
             net: Network = Mlp(shape, width, depth, drop, precision, head)
-        case factors.Unet(width=width, levels=levels, blocks=blocks, patch=patch):
+        case subjects.Unet(width=width, levels=levels, blocks=blocks, patch=patch):
             net = Unet(shape, width, levels, blocks, patch, drop, precision, head)
-        case factors.DdpmPP(width=width, mult=mult, blocks=blocks, attention=attention):
+        case subjects.DdpmPP(width=width, mult=mult, blocks=blocks, attention=attention):
             net = DdpmPP(shape, width, mult, blocks, attention, drop, precision, head)
         case _:
             assert_never(network)

@@ -15,10 +15,11 @@ from study.checks import check_measure, check_primary, check_recipe
 from study.errors import StudyError, nearest
 from study.factors import Budget, Factors
 from study.identity import run_id
-from study.layers import Layered, mapping, read_file, read_yaml
+from study.layers import Layered, mapping, overlay, read_file, read_yaml
 from study.meaning import references, simplest
+from study.metrics import Measure
 from study.places import check_places
-from study.settings import Measure, Settings, score_settings, settings_of
+from study.settings import Settings, score_settings, settings_of
 from study.spec import Primary, Recipe, Run, Study, check_rounding, compared
 
 PRESETS = Path(__file__).with_name("presets.yaml")
@@ -41,18 +42,6 @@ def load(path: Path, sets: tuple[str, ...] = ()) -> Study:
             raise StudyError(f"--set {text}: key.path=value expected")
         overlay(tree, key.split("."), read_yaml(value, f"--set {text}"), f"--set {text}")
     return Resolver(file, tree, path.stem).study()
-
-
-def overlay(tree: dict, path: list[str], value: object, where: str) -> None:
-    """Replaces tree[path[0]][path[1]]... by value, making the mappings on the way."""
-    for name in path[:-1]:
-        below = tree.get(name)
-        below = {"kind": below} if isinstance(below, str) else below
-        tree[name] = below = mapping(below, f"{where}: {name}")
-        tree = below
-    if not all(path):
-        raise StudyError(f"{where}: an empty name in the key path")
-    tree[path[-1]] = value
 
 
 class Resolver:

@@ -18,13 +18,13 @@ from rich.console import Console
 
 from study.domains import check_extractors
 from study.errors import StudyError, nearest
-from study.factors import Cifar10, FashionMnist, Images
 from study.launch import Launcher, devices
 from study.places import present, weights_file
 from study.progress import Display, label, state_table
 from study.resolve import load
 from study.spec import Run, Study
 from study.store import Store, read_json
+from study.subjects import Cifar10, FashionMnist, Images
 
 BENCH = "bench.json"  # in results/STUDY: what study.bench found
 EXAMPLES = """examples:

@@ -12,7 +12,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from study import data, factors, interop, networks
+from study import data, interop, networks, subjects
 from study.consistency import Function
 from study.errors import StudyError, nearest
 from study.evaluate import CHUNK
@@ -33,7 +33,7 @@ class Saved:
 
     where: Path
     weights: Mapping[str, Tensor]
-    network: factors.Network
+    network: subjects.Network
     objective: Objective
     sigma: Sigma
     shape: tuple[int, ...]
@@ -125,7 +125,7 @@ def _from_file(path: Path, ema: str | None) -> Saved:
         return Saved(
             path,
             outside.tensors,
-            msgspec.convert(outside.network, factors.Network),
+            msgspec.convert(outside.network, subjects.Network),
             msgspec.convert({"kind": outside.objective}, Objective),
             msgspec.convert(levels, Sigma),
             outside.shape,
