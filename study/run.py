@@ -169,9 +169,9 @@ def forecast(store: Store, new: list[Run]) -> str | None:
         beside += row["seconds_beside"] if row else 0.0
     finished = sum(len(s) for key, s in speeds.items() if len(key) == 1)
     stands = [f"the speed of {finished} finished runs"] * bool(finished)
-    stands += [f"study.bench on {bench['device']}"] * bool(timed)
+    stands += [f"study.bench on {bench.get('device')}"] * bool(timed)
     then = (
-        f"measuring them {beside / 60:.1f}" if beside else "measuring comes on top"
+        f"measuring them {beside / 60:.1f} more" if beside else "measuring comes on top"
     )
     return (f"training them takes about {seconds / 60:.1f} minutes of one worker by "
             f"{' and '.join(stands)}, {then}")  # fmt: skip

@@ -53,7 +53,7 @@ class Line(Network):
         self.out, self.head = nn.Linear(D, D, bias=False), None
         nn.init.normal_(self.out.weight, generator=torch.Generator().manual_seed(0))
 
-    def trunk(self, x: Tensor, c_noise: Tensor, key: Tensor | None) -> Tensor:
+    def trunk(self, x: Tensor, c_noise: Tensor, key: Tensor | None, fused: bool = False) -> Tensor:
         return x
 
 
