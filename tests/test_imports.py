@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 TORCH_FREE = ("errors", "factors", "meaning", "identity", "layers", "settings", "spec", "checks",
               "resolve", "store", "seeds", "budget", "launch", "entry", "progress",
-              "run")  # fmt: skip
+              "pinned", "forecast", "cluster", "run")  # fmt: skip
 HEAVY = {"torch", "torchvision", "torch_fidelity", "sklearn"}
 
 
@@ -60,10 +60,13 @@ def test_analysis_reads_folders_and_nothing_else() -> None:
 
 
 def test_help_and_plan_load_no_torch() -> None:
-    for words in (["--help"], [str(ROOT / "sweeps" / "grid.yaml"), "--plan"]):
+    plan = [str(ROOT / "sweeps" / "grid.yaml"), "--plan"]
+    for words in (["--help"], plan, [*plan, "--on", "slurm"]):
         code = ("import sys; from study.run import main\n"
                 f"try: main({words!r})\nexcept SystemExit: pass\n"
-                "assert not {'torch', 'pandas', 'sklearn'} & set(sys.modules)")  # fmt: skip
+                "heavy = {'torch', 'pandas', 'sklearn'}\n"
+                f"heavy |= set() if '--on' in {words!r} else {{'submitit'}}\n"
+                "assert not heavy & set(sys.modules)")  # fmt: skip
         words = [sys.executable, "-c", code]
         done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr
