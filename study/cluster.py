@@ -89,7 +89,8 @@ def parameters(given: Iterable[str], device: str, name: str) -> dict[str, Any]:
     if device != "cpu" and not any(k in values for k in GPU_KEYS):
         values["gpus_per_node"] = 1
     # a cluster may requeue only what asks for it
-    values["additional_parameters"] = {"requeue": True, **values.get("additional_parameters", {})}
+    more = values.get("additional_parameters") or {}
+    values["additional_parameters"] = {"requeue": True, **more}
     return values
 
 
@@ -113,10 +114,8 @@ def limit() -> int | None:
 def _asked(*words: str) -> str | None:
     """What a Slurm command prints; None where there is no such command or it fails."""
     try:
-        done = subprocess.run(
-            words, capture_output=True, text=True, check=False, timeout=SECONDS
-        )
-    except (FileNotFoundError, subprocess.TimeoutExpired):
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None
 
@@ -136,7 +135,7 @@ class Queue:
         words = "squeue", "--noheader", "--array", f"--user={os.geteuid()}", "--format=%i %T"
         told = _asked(*words) if self.job else ""
         self.known = told is not None
-        states = dict(line.split() for line in (told or "").splitlines())
+        states = dict(line.split() for line in (told or "").splitlines() if line)
         self.held = {run: states[job] for run, job in self.job.items() if job in states}
 
     def log(self, job: str) -> Path:
@@ -236,15 +235,16 @@ def submit(
         for i, array in enumerate(todo, 1):
             _show(console, f"array{i}", array, values, times, store)
         return
-    if new:
-        pin(home, options.study)
+    if not new:
+        return
+    pin(home, options.study)
     _send(todo, values, home, store, options, console)
 
 
 def _home(path: Path, options: argparse.Namespace) -> Path:
     """Where the code and study file that jobs use lie; another of either, another folder."""
-    asked = hashlib.sha256(options.study.read_bytes()).hexdigest()[:8]
-    return (path / FOLDER / f"{code()['code']}-{asked}").absolute()
+    asked = hashlib.sha256(repr(code()).encode() + options.study.read_bytes()).hexdigest()
+    return (path / FOLDER / f"{code()['code']}-{asked[:8]}").absolute()
 
 
 def _after(array: Array, ids: dict[str, str]) -> dict[str, str]:

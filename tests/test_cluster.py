@@ -316,7 +316,10 @@ class Held:
         """Whether SIGUSR2 waits for the process to go on, or it had it already."""
         if len(self.rows()) > 1:  # as where Slurm itself sent SIGCONT first
             return True
-        status = Path(f"/proc/{self.pid}/status").read_text()
+        try:
+            status = Path(f"/proc/{self.pid}/status").read_text()
+        except FileNotFoundError:  # it has just ended
+            return len(self.rows()) > 1
         masks = [line.split()[1] for line in status.splitlines() if "Pnd:" in line]
         return any(int(mask, 16) >> (signal.SIGUSR2 - 1) & 1 for mask in masks)
 
