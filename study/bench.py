@@ -23,9 +23,10 @@ from rich.table import Table
 
 from study import worker
 from study.errors import StudyError
+from study.forecast import BENCH
 from study.launch import devices
 from study.resolve import load
-from study.run import BENCH, chosen, fetch_data
+from study.run import chosen, fetch_data
 from study.spec import Run, Study
 from study.store import Store, write_json
 from study.timing import Site, ceiling, free_of_determinism, step_key, steps_of, timed, together

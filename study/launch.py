@@ -25,7 +25,8 @@ POLL = 0.1  # seconds between looks at the processes
 FOREIGN = 2.0  # seconds between looks at runs that another launcher works on
 BUSY, STOPPED = 75, 76  # the worker's exit statuses; importing it here would bring torch
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
+# SIGUSR2 is what Slurm sends ahead of a time limit
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM, signal.SIGUSR2)
 
 
 def gpus() -> int:
@@ -59,7 +60,8 @@ class Launcher:
         retry: bool = False,
     ) -> None:
         self.store, self.slots, self.display = store, slots, display
-        self.all, states = store.study.unique, store.states(thorough=True)
+        self.all = store.study.unique
+        states = {r.id: store.folders[r.id].state(r, thorough=True) for r in wanted}
         skip = {"done"} if retry else {"done", "failed"}
         self.waiting = {r.id: r for r in wanted if states[r.id] not in skip}
         self.active: dict[int, tuple[Run, multiprocessing.process.BaseProcess]] = {}

@@ -17,6 +17,7 @@ from study.spec import Run, Study
 COLOURS = {
     "done": "green",
     "running": "cyan",
+    "queued": "blue",
     "failed": "red",
     "interrupted": "yellow",
     "pending": "dim",

@@ -16,22 +16,24 @@ from pathlib import Path
 
 from rich.console import Console
 
+from study.cluster import Queue, submit
 from study.domains import check_extractors
 from study.errors import StudyError, nearest
+from study.forecast import forecast
 from study.launch import Launcher, devices
 from study.places import present, weights_file
 from study.progress import Display, label, state_table
 from study.resolve import load
 from study.spec import Run, Study
-from study.store import Store, read_json
+from study.store import Store
 from study.subjects import Cifar10, FashionMnist, Images
 
-BENCH = "bench.json"  # in results/STUDY: what study.bench found
 EXAMPLES = """examples:
   python -m study.run sweeps/grid.yaml                    train and measure what is missing
   python -m study.run sweeps/grid.yaml --plan             say what that would be, and do nothing
   python -m study.run sweeps/grid.yaml --status           what is done, running, failed
   python -m study.run sweeps/grid.yaml --only 'cd*-s0'    these runs and the sources they need
+  python -m study.run sweeps/grid.yaml --on slurm --slurm partition=gpu --plan   as jobs
   python -m study.run sweeps/grid.yaml --set seeds='[0,1,2,3,4,5]'   more seeds: only they are new
   python analysis/report.py grid                          the report:
   results/grid/report/report.html
@@ -55,7 +57,21 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="processes at once (default: CPU cores, or GPUs); 0: in this process",
     )
-    p.add_argument("--minutes", type=float, metavar="M", help="stop cleanly after M minutes")
+    p.add_argument(
+        "--minutes",
+        type=float,
+        metavar="M",
+        help="stop cleanly after M minutes; on Slurm: short runs share jobs of M minutes (30)",
+    )
+    p.add_argument("--on", choices=("slurm",), help="submit what is missing, and return")
+    p.add_argument(
+        "--slurm",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a parameter of submitit's for Slurm: partition, time (minutes), mem, account, ...; "
+        "repeatable",
+    )
     p.add_argument(
         "--only",
         action="append",
@@ -141,42 +157,6 @@ def check_weights(store: Store, wanted: list[Run], thorough: bool) -> None:
             interop.read(path)
 
 
-def forecast(store: Store, new: list[Run]) -> str | None:
-    """How long training `new` takes one worker, in words.
-
-    By a recipe's own seconds per image where one of its seeds is finished, otherwise by the mean
-    of its cell's, otherwise as `study.bench` timed it here; None where nothing is known of one.
-    """
-    speeds: dict[tuple[str, ...], list[float]] = {}
-    for run in store.study.unique.values():
-        if (trained := store.folders[run.id].trained) and trained["spend"]["images"]:
-            speed = trained["spend"]["seconds"] / trained["spend"]["images"]
-            for key in ((run.recipe.cell, run.recipe.name), (run.recipe.cell,)):
-                speeds.setdefault(key, []).append(speed)
-    bench = read_json(store.path / BENCH) or {"recipes": {}}
-    seconds = beside = 0.0
-    timed = 0
-    for run in new:
-        cell, name = run.recipe.cell, run.recipe.name
-        row = bench["recipes"].get(f"{cell}/{name}")
-        if known := speeds.get((cell, name)) or speeds.get((cell,)):
-            speed = sum(known) / len(known)
-        elif row:
-            speed, timed = row["seconds_per_image"], timed + 1
-        else:
-            return None
-        seconds += speed * run.recipe.factors.budget.images
-        beside += row["seconds_beside"] if row else 0.0
-    finished = sum(len(s) for key, s in speeds.items() if len(key) == 1)
-    stands = [f"the speed of {finished} finished runs"] * bool(finished)
-    stands += [f"study.bench on {bench.get('device')}"] * bool(timed)
-    then = (
-        f"measuring them {beside / 60:.1f} more" if beside else "measuring comes on top"
-    )
-    return (f"training them takes about {seconds / 60:.1f} minutes of one worker by "
-            f"{' and '.join(stands)}, {then}")  # fmt: skip
-
-
 def show_plan(console: Console, store: Store, wanted: list[Run]) -> None:
     """What is new, kept and no longer asked for."""
     states = store.states()
@@ -206,13 +186,23 @@ def main(arguments: list[str] | None = None) -> int:
             value = getattr(options, name)
             if value is not None and not 0 <= value < 1e6:
                 raise StudyError(f"--{name} {value}: a number from 0 expected")
+        if options.slurm and not options.on:
+            raise StudyError(f"--slurm {options.slurm[0]}: only with --on slurm")
+        if options.on and options.workers is not None:
+            raise StudyError("--workers: a job works on one run at a time; not with --on slurm")
         study = load(options.study, tuple(options.set))
         store, wanted = Store(options.results, study), chosen(study, options.only)
         if options.plan:
             check_weights(store, wanted, thorough=False)
             show_plan(console, store, wanted)
+            if options.on:
+                submit(store, wanted, options, console)
             return 0
-        if not options.status:
+        if options.on and not options.status:
+            fetch_data(study)
+            store.write_study(options.study)
+            submit(store, wanted, options, console)
+        elif not options.status:
             slots = devices(options.device, options.workers)
             fetch_data(study)
             check_weights(store, wanted, thorough=True)
@@ -233,7 +223,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def summary(console: Console, store: Store, wanted: list[Run]) -> int:
     """The state table, failures with reason and log, the next command; returns the exit status."""
-    states = store.states()
+    states, queue = store.states(), Queue(store.path)
+    states |= {i: "queued" for i in queue.held if states.get(i) not in ("done", "running", None)}
     console.print(state_table(store.study, states))
     blocked = {r.id: w for r in wanted if states[r.id] == "pending" and (w := store.blocked(r))}
     counts = Counter("blocked" if r.id in blocked else states[r.id] for r in wanted)
@@ -252,6 +243,8 @@ def summary(console: Console, store: Store, wanted: list[Run]) -> int:
             console.print(f"diverged: {label(run)}: {folder.trained['reason']}", highlight=False)
         elif run.id in blocked:
             console.print(f"blocked: {label(run)}: {blocked[run.id]}", highlight=False)
+    for line in queue.lines(states):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"report: python analysis/report.py {store.path}  ->  "
         f"{store.path / 'report' / 'report.html'}",

@@ -6,17 +6,14 @@ The fork server preloads this module, and with it torch; the launcher itself nev
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import platform
 import signal
-import subprocess
 import sys
 import traceback
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import torch
 
@@ -26,6 +23,7 @@ from study.identity import SCHEMA, complete
 from study.launch import BUSY, STOP_SIGNALS, STOPPED
 from study.measure import measure
 from study.models import Lookup, check_inputs
+from study.pinned import code
 from study.spec import Run
 from study.store import Folder, append_line, now
 from study.student import batch_that_fits
@@ -41,32 +39,7 @@ def load(kind: Data, device: torch.device, flip: bool = False) -> data.Dataset:
     return replace(load(kind, device), flip=True) if flip else data.load(kind).to(device)
 
 
-def code() -> dict[str, object]:
-    """What code this is: a digest of the package's own files, and the commit that it was run from
-    where it is a git checkout."""
-    own = Path(__file__).parent
-    digest = hashlib.sha256()
-    for file in sorted(f for kind in ("*.py", "*.yaml", "*.pt") for f in own.rglob(kind)):
-        digest.update(file.relative_to(own).as_posix().encode() + file.read_bytes())
-
-    def git(*words: str) -> str | None:
-        done = subprocess.run(
-            ["git", *words], cwd=Path(__file__).parent, text=True, capture_output=True, check=False
-        )
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    try:
-        status = git("status", "--porcelain", "--untracked-files=no", "--", "../study")
-        return {
-            "code": digest.hexdigest()[:16],
-            "commit": git("rev-parse", "HEAD"),
-            "dirty": None if status is None else bool(status),
-        }
-    except FileNotFoundError:  # no git on this machine
-        return {"code": digest.hexdigest()[:16], "commit": None, "dirty": None}
-
-
-CODE = code()  # as imported: the files may change while a launcher lives
+CODE = code()
 
 
 def provenance(device: torch.device) -> dict[str, object]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from study.resolve import load
 from study.spec import Study
+from study.store import read_json, read_lines
 
 TWO_MODES = """\
 question: Does it work?
@@ -44,3 +45,19 @@ def replaced(old: str, new: str) -> str:
     """TWO_MODES with one piece of text replaced; it must be there."""
     assert old in TWO_MODES, old
     return TWO_MODES.replace(old, new)
+
+
+def content(results: Path, name: str = "small") -> dict[str, object]:
+    """Everything that must be the same whenever and however a study was run: snapshots by digest,
+    logs and measurements without their seconds."""
+    found: dict[str, object] = {}
+    for folder in sorted((results / name / "runs").iterdir()):
+        trained = read_json(folder / "trained.json")
+        del trained["spend"]["seconds"], trained["sha256"]["steps.jsonl"]
+        found[folder.name] = trained
+        rows = read_lines(folder / "steps.jsonl")
+        found[f"{folder.name}/steps"] = [r | {"seconds": 0} for r in rows]
+        for file in sorted((folder / "measures").iterdir()):
+            found[f"{folder.name}/{file.name}"] = read_json(file) | {"seconds": 0}
+        found[f"{folder.name}/samples"] = (folder / "samples.png").read_bytes()
+    return found

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TORCH_FREE = ("errors", "values", "subjects", "factors", "metrics", "meaning", "identity",
-              "layers", "settings", "spec", "domains", "checks", "resolve", "store", "seeds",
-              "budget", "launch", "entry", "progress", "places", "run", "sample")  # fmt: skip
+TORCH_FREE = ("errors", "values", "subjects", "factors", "metrics", "meaning",
+              "identity", "layers", "settings", "spec", "domains", "checks",
+              "resolve", "store", "seeds", "budget", "launch", "entry", "progress",
+              "places", "pinned", "forecast", "cluster", "run", "sample")  # fmt: skip
 HEAVY = {"torch", "torchvision", "torch_fidelity", "sklearn"}
 
 
@@ -61,10 +62,14 @@ def test_analysis_reads_folders_and_nothing_else() -> None:
 
 def test_help_and_plan_load_no_torch() -> None:
     plan = [str(ROOT / "sweeps" / "grid.yaml"), "--plan"]
-    for module, words in (("run", ["--help"]), ("run", plan), ("sample", ["--help"])):
+    modules = (("run", ["--help"]), ("run", plan), ("run", [*plan, "--on", "slurm"]),
+               ("sample", ["--help"]))  # fmt: skip
+    for module, words in modules:
         code = (f"import sys; from study.{module} import main\n"
                 f"try: main({words!r})\nexcept SystemExit: pass\n"
-                "assert not {'torch', 'pandas', 'sklearn'} & set(sys.modules)")  # fmt: skip
+                "heavy = {'torch', 'pandas', 'sklearn'}\n"
+                f"heavy |= set() if '--on' in {words!r} else {{'submitit'}}\n"
+                "assert not heavy & set(sys.modules)")  # fmt: skip
         words = [sys.executable, "-c", code]
         done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from studies import TWO_MODES, read, replaced, write
+from studies import TWO_MODES, content, read, replaced, write
 
 from study import worker
 from study.run import main
@@ -30,22 +30,6 @@ FULL = TWO_MODES.replace("  cd: {", "  warm: {from: ct, init: {run: edm}, dropou
 def run(path: Path, results: Path, *words: str) -> int:
     """The command in this process."""
     return main([str(path), "--results", str(results), "--workers", "0", *words])
-
-
-def content(results: Path) -> dict[str, object]:
-    """Everything that must be the same whenever and however a study was run: snapshots by digest,
-    logs and measurements without their seconds."""
-    found: dict[str, object] = {}
-    for folder in sorted((results / "small" / "runs").iterdir()):
-        trained = read_json(folder / "trained.json")
-        del trained["spend"]["seconds"], trained["sha256"]["steps.jsonl"]
-        found[folder.name] = trained
-        rows = read_lines(folder / "steps.jsonl")
-        found[f"{folder.name}/steps"] = [r | {"seconds": 0} for r in rows]
-        for file in sorted((folder / "measures").iterdir()):
-            found[f"{folder.name}/{file.name}"] = read_json(file) | {"seconds": 0}
-        found[f"{folder.name}/samples"] = (folder / "samples.png").read_bytes()
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +217,20 @@ def test_two_launchers_share_a_study_and_train_nothing_twice(tmp_path: Path) -> 
         assert [row["event"] for row in rows] == ["start", "end"], folder
         starts.append(rows[0]["pid"])
     assert len(starts) == 8
+
+
+def test_results_of_two_machines_come_together(done: tuple[Path, Path], tmp_path: Path) -> None:
+    path, results = done
+    for seed in (0, 1):
+        words = "--only", f"*-s{seed}"
+        assert run(path, tmp_path / f"machine{seed}", *words) == 0
+    here, there = (tmp_path / f"machine{seed}/small/runs" for seed in (0, 1))
+    assert len(list(here.iterdir())) == len(list(there.iterdir())) == 4
+    shutil.copytree(there, here, dirs_exist_ok=True)
+    before = {p: p.stat().st_mtime_ns for p in here.rglob("*")}
+    assert run(path, tmp_path / "machine0") == 0
+    assert {p: p.stat().st_mtime_ns for p in here.rglob("*")} == before
+    assert content(tmp_path / "machine0") == content(results)
 
 
 def test_a_torn_measurement_is_made_again(tmp_path: Path) -> None:

@@ -1,0 +1,434 @@
+"""Studies on Slurm: against a real one where there is one, and a pretended one for the rest."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import slurm
+from studies import TWO_MODES, content, read, replaced, write
+
+from study.cluster import FOLDER, Job, Queue, arrays, parameters
+from study.pinned import code
+from study.resolve import load
+from study.run import main
+from study.store import Folder, Store, read_json, read_lines, write_json
+
+ROOT = Path(__file__).parents[1]
+LONG = replaced("images: 1280", "images: 128000")  # some seconds a run
+
+
+# --- without Slurm, or beside a pretended one ---
+
+
+@dataclass
+class Fake:
+    """A pretended Slurm: programs in a folder that is first on PATH."""
+
+    folder: Path
+
+    def program(self, name: str, text: str) -> None:
+        file = self.folder / name
+        file.write_text("#!/bin/sh\n" + text)
+        file.chmod(0o755)
+
+    def scripts(self) -> list[str]:
+        """What was given to sbatch, in order."""
+        files = sorted(self.folder.glob("script.*"), key=lambda p: int(p.suffix[1:]))
+        return [p.read_text() for p in files]
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
+    """It takes what it is given and never starts it; accounting is absent, as without slurmdbd."""
+    found = Fake(tmp_path / "bin")
+    found.folder.mkdir()
+    found.program("sbatch", f"""cd {found.folder}
+n=$(($(ls script.* 2>/dev/null | wc -l) + 1))
+if [ $n -gt $(cat limit 2>/dev/null || echo 99) ]; then
+  echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2; exit 1
+fi
+cp "$1" script.$n; echo "Submitted batch job $((n + 40))"
+""")
+    found.program("squeue", f"cat {found.folder}/queue\n")
+    (found.folder / "queue").touch()
+    found.program("scontrol", "echo 'MaxArraySize            = 3'\n")
+    found.program("sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1\n")
+    found.program("srun", "exit 1\n")
+    monkeypatch.setenv("PATH", f"{found.folder}:{os.environ['PATH']}")
+    return found
+
+
+def command(path: Path, *words: str) -> list[str]:
+    """The command line that submits, each run a job of its own."""
+    return [str(path), "--results", str(path.parent / "results"), "--on", "slurm", "--device",
+            "cpu", "--minutes", "0", *words]  # fmt: skip
+
+
+def dependencies(scripts: list[str]) -> list[str]:
+    """The dependency line of each script, '' where it has none."""
+    key = "#SBATCH --dependency="
+    return ["".join(x.removeprefix(key) for x in s.splitlines() if x.startswith(key))
+            for s in scripts]  # fmt: skip
+
+
+def test_arrays_keep_to_the_clusters_limit_and_wait_for_their_sources(
+    tmp_path: Path, fake: Fake, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = TWO_MODES.replace("  cd: {", "  later: {from: ct, init: {run: edm}}\n  cd: {")
+    path = write(tmp_path, text.replace("seeds: [0, 1]", "seeds: [0, 1, 2]"))
+    assert main(command(path)) == 3
+    told, scripts = capsys.readouterr().out, fake.scripts()
+    for number, count in ((41, 3), (42, 3), (43, 3), (44, 1), (45, 2)):
+        assert f"submitted {number}: {count} job" in told
+    # six runs read no other: edm and ct of seed 0, edm of seed 1, and the rest; six follow
+    assert dependencies(scripts) == ["", "", "afterany:41", "afterany:41", "afterany:42"]
+    assert all("#SBATCH --array=0-2%3" in s for s in scripts[:3]) and "--array=" not in scripts[3]
+    assert all("#SBATCH --requeue" in s for s in scripts)
+    assert all("#SBATCH --signal=USR2@90" in s and "gpus" not in s for s in scripts)
+
+
+def test_plan_shows_what_would_be_submitted_and_needs_no_slurm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    path = write(tmp_path)
+    words = ["--results", str(tmp_path / "results"), "--on", "slurm", "--plan", "--minutes", "0"]
+    given = ["--slurm", "partition=gpu", "--slurm", "mem=4", "--slurm",
+             "additional_parameters={reservation: night}"]  # fmt: skip
+    assert main([str(path), *words, *given]) == 0
+    told = capsys.readouterr().out
+    for line in ("array1: 4 jobs", "array2: 2 jobs", "#SBATCH --dependency=afterany:array1",
+                 "#SBATCH --partition=gpu", "#SBATCH --mem=4", "#SBATCH --gpus-per-node=1",
+                 "#SBATCH --reservation=night", "#SBATCH --time=240", "#SBATCH --array=0-3%4",
+                 "job 1, about 0.0 minutes: cd-small-s1"):  # fmt: skip
+        assert line in told, line
+    assert not (tmp_path / "results").exists()
+    assert main([str(path), *words[:-3]]) == 2
+    assert "no sbatch and srun here" in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--slurm", "partitoin=gpu"], "did you mean 'partition'"),
+        (["--slurm", "cheese=1"], "allowed: account, "),
+        (["--slurm", "time=soon"], "Expected `int`"),
+        (["--slurm", "cpus_per_task=2.5"], "Expected `int | null`"),
+        (["--slurm", "time=14"], "at least 15 minutes"),
+        (["--slurm", "dependency=afterok:1"], "set by --on slurm"),
+        (["--slurm", "partition"], "key=value expected"),
+        (["--workers", "2"], "one run at a time"),
+    ],
+)
+def test_what_slurm_would_misunderstand_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    assert main(command(write(tmp_path), "--plan", *words)) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_slurm_parameter_without_slurm_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(write(tmp_path)), "--plan", "--slurm", "partition=gpu"]) == 2
+    assert "only with --on slurm" in capsys.readouterr().err
+
+
+def test_a_gpu_is_asked_for_unless_something_else_is() -> None:
+    assert parameters([], "auto", "x")["gpus_per_node"] == 1
+    assert "gpus_per_node" not in parameters([], "cpu", "x")
+    assert "gpus_per_node" not in parameters(["gres=gpu:a100:1"], "auto", "x")
+
+
+def test_a_refused_array_is_told_and_the_same_command_submits_the_rest(
+    tmp_path: Path, fake: Fake, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path)
+    (fake.folder / "limit").write_text("1")
+    assert main(command(path)) == 2
+    told = capsys.readouterr().err.replace("\n", " ")
+    assert "array 2 of 3 was not submitted" in told and "QOSMaxSubmitJobPerUserLimit" in told
+    assert "submitted before it: 41" in told
+    (fake.folder / "limit").unlink()
+    (fake.folder / "queue").write_text("41_0 PENDING\n41_1 RUNNING\n41_2 PENDING\n")
+    assert main(command(path)) == 3
+    told = capsys.readouterr().out
+    assert "3 runs to submit, 3 queued already" in told
+    assert "submitted 42: 1 job, 1 run" in told and "submitted 43: 2 jobs, 2 runs" in told
+    jobs = [read_json(p)["jobs"] for p in (tmp_path / "results/small" / FOLDER).glob("*.json")]
+    assert len([i for job in jobs for ids in job for i in ids]) == 6  # each once
+    # what is new waits for what was queued before
+    assert dependencies(fake.scripts())[1:] == ["", "afterany:41"]
+
+
+def test_nothing_is_submitted_twice_and_what_is_gone_is_again(
+    tmp_path: Path, fake: Fake, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path)
+    assert main(command(path)) == 3
+    assert len(fake.scripts()) == 3
+    queue = ["41_0 PENDING", "41_1 RUNNING", "41_2 REQUEUED", "42 PENDING", "43_0 PENDING",
+             "43_1 PENDING", "77_0 RUNNING"]  # fmt: skip
+    (fake.folder / "queue").write_text("\n".join(queue) + "\n")
+    assert main(command(path)) == 3
+    assert len(fake.scripts()) == 3
+    (fake.folder / "queue").write_text("\n".join(queue[1:]) + "\n")
+    capsys.readouterr()
+    assert main([str(path), "--results", str(tmp_path / "results"), "--status"]) == 3
+    told = capsys.readouterr().out
+    log = tmp_path / "results/small" / FOLDER / "41_0_0_log.out"
+    assert f"job 41_0: gone, 1 run not done; log: {log}" in told
+    assert "1 pending, 5 queued" in " ".join(told.split())
+    assert main(command(path)) == 3
+    assert len(fake.scripts()) == 4
+    fake.program("squeue", "echo 'squeue: error: Unable to contact slurm controller' >&2; exit 1")
+    capsys.readouterr()
+    assert main(command(path, "--only", "ct-*-s0")) == 3  # it can't be told: better twice than not
+    assert "squeue does not answer" in capsys.readouterr().out and len(fake.scripts()) == 5
+
+
+def test_short_runs_share_a_job(tmp_path: Path) -> None:
+    study = read(tmp_path, replaced("seeds: [0, 1]", "seeds: [0, 1, 2, 3, 4]"))
+    runs, queue = list(study.unique.values()), Queue(tmp_path)
+    found = arrays(runs, {r.id: 50.0 for r in runs}, 3, 2, queue)
+    sizes = [[len(job) for job in array.jobs] for array in found]
+    assert sizes == [[3, 3], [3, 1], [3], [2]]  # three of 50 s in 3 minutes, two jobs an array
+    assert [a.after for a in found] == [(), (), ("array1",), ("array2",)]
+    assert sorted(r.id for a in found for job in a.jobs for r in job) == sorted(r.id for r in runs)
+    found = arrays(runs, {r.id: 500.0 for r in runs}, 3, 99, queue)
+    assert [[len(job) for job in array.jobs] for array in found] == [[1] * 10, [1] * 5]
+
+
+def test_jobs_are_filled_by_the_speed_of_finished_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path)
+    words = [str(path), "--results", str(tmp_path / "results")]
+    assert main([*words, "--workers", "0", "--only", "ct-*-s0"]) == 0
+    folder = next((tmp_path / "results").rglob("ct-small-s0-*"))
+    trained = read_json(folder / "trained.json")
+    spend = trained["spend"] | {"seconds": 90.0}
+    write_json(folder / "trained.json", trained | {"spend": spend})
+    capsys.readouterr()
+    assert main([*words, "--on", "slurm", "--plan", "--minutes", "3", "--device", "cpu"]) == 0
+    told = capsys.readouterr().out
+    assert "job 0, about 3.0 minutes: edm-s0, edm-s1" in told
+    assert "job 1, about 1.5 minutes: ct-small-s1" in told and "not known" not in told
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Puts back the signal handlers that a job changes."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_run_whose_source_is_not_there_leaves_at_once_and_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, study = write(tmp_path), read(tmp_path)
+    ids = [next(r.id for r in study.runs if r.recipe.name == name) for name in ("cd", "ct")]
+    Job()(str(path), [], str(tmp_path / "results"), "cpu", False, ids)
+    told = capsys.readouterr().out
+    assert "left: cd-small-s0: not trained: edm-s0" in told
+    store = Store(tmp_path / "results", study)
+    assert [store.folders[i].state(study.unique[i]) for i in ids] == ["pending", "done"]
+
+
+def test_a_requeued_job_does_not_try_failures_again() -> None:
+    again = Job().checkpoint("small.yaml", [], "results", "cpu", True, ["a", "b"])
+    assert again.args == ("small.yaml", [], "results", "cpu", False, ["a", "b"])
+    assert isinstance(again.function, Job)
+
+
+def test_jobs_use_a_copy_of_code_and_study_file(tmp_path: Path, fake: Fake) -> None:
+    path = write(tmp_path)
+    assert main(command(path)) == 3
+    record = read_json(tmp_path / "results/small" / FOLDER / "41.json")
+    home = tmp_path / "results/small" / FOLDER / record["home"]
+    assert (home / "small.yaml").read_text() == path.read_text()
+    exports = [x for x in fake.scripts()[0].splitlines() if x.startswith("export PYTHON")]
+    ask = "import study.pinned as p; print(p.__file__, p.code())"
+
+    def imported() -> str:
+        script = "\n".join([*exports, f'"{sys.executable}" -c "{ask}"'])
+        return subprocess.run(["bash", "-c", script], text=True, capture_output=True, check=True,
+                              cwd=ROOT).stdout.strip()  # fmt: skip
+
+    assert imported() == f"{home}/study/pinned.py {code()}"
+    with (home / "study/errors.py").open("a") as file:  # a copy that was edited is not believed
+        file.write("# edited\n")
+    assert f"'code': '{code()['code']}'" not in imported()
+    path.write_text(TWO_MODES.replace("seeds: [0, 1]", "seeds: [0, 1, 2]"))
+    assert main(command(path)) == 3
+    assert "seeds: [0, 1]\n" in (home / "small.yaml").read_text()  # queued jobs read what was sent
+
+
+# --- against a real Slurm ---
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A Slurm of this machine alone."""
+    if why := slurm.lacking():
+        pytest.skip(f"no Slurm to test against: {why}")
+    folder = tmp_path_factory.mktemp("slurm")
+    with slurm.cluster(folder):
+        yield folder
+
+
+def until(condition: Callable[[], object], seconds: float = 120) -> None:
+    """Waits until condition() holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, slurm.asked("squeue")
+        time.sleep(0.02)
+
+
+@dataclass
+class Held:
+    """A run that was stopped in its middle by SIGSTOP, and its job."""
+
+    folder: Folder
+    job: str
+    pid: int
+
+    def rows(self) -> list[dict]:
+        return read_lines(self.folder.file("attempts.jsonl"))
+
+    def log(self) -> str:
+        log = self.folder.path.parents[1] / FOLDER / f"{self.job}_0_log.out"
+        return log.read_text()
+
+    def warned(self) -> bool:
+        """Whether SIGUSR2 waits for the process to go on, or it had it already."""
+        if len(self.rows()) > 1:  # as where Slurm itself sent SIGCONT first
+            return True
+        try:
+            status = Path(f"/proc/{self.pid}/status").read_text()
+        except FileNotFoundError:  # it has just ended
+            return len(self.rows()) > 1
+        masks = [line.split()[1] for line in status.splitlines() if "Pnd:" in line]
+        return any(int(mask, 16) >> (signal.SIGUSR2 - 1) & 1 for mask in masks)
+
+
+def hold(stores: list[Store], names: set[str]) -> dict[str, Held]:
+    """Stops each of the runs STUDY/NAME-sSEED as soon as it has made some steps."""
+    left, held = {}, {}
+    for store in stores:
+        for r in store.study.unique.values():
+            left[f"{store.study.name}/{r.recipe.name}-s{r.seed}"] = (store, r.id)
+    left = {name: left[name] for name in names}
+
+    def look() -> bool:
+        for name, (store, i) in list(left.items()):
+            if store.folders[i].progress():
+                pid = read_lines(store.folders[i].file("attempts.jsonl"))[-1]["pid"]
+                os.kill(pid, signal.SIGSTOP)
+                held[name] = Held(store.folders[i], Queue(store.path).job[i], pid)
+                del left[name]
+        return not left
+
+    until(look)
+    return held
+
+
+def empty() -> bool:
+    return not slurm.asked("squeue", "--noheader")
+
+
+def cli(path: Path, where: Path, *words: str) -> subprocess.CompletedProcess:
+    """The command as a user gives it in a checkout."""
+    python = [sys.executable, "-m", "study.run", *command(path), *words]
+    return subprocess.run(python, cwd=where, text=True, capture_output=True, check=False,
+                          env={**os.environ, "PYTHONPATH": str(where)})  # fmt: skip
+
+
+def test_a_storm_changes_no_bit(real: Path, tmp_path: Path) -> None:
+    """One job is requeued in mid-run, one killed, one cancelled, one comes to its time limit; the
+    code is edited meanwhile, and the study submitted again. Afterwards all is as a local run."""
+    path = write(tmp_path, LONG)
+    checkout = tmp_path / "checkout"
+    shutil.copytree(ROOT / "study", checkout / "study")
+    done = cli(path, checkout)
+    assert done.returncode == 3 and "submitted" in done.stdout, done.stdout + done.stderr
+    for file in (checkout / "study").glob("*.py"):
+        file.write_text("raise SystemExit('edited')\n")
+    store = Store(tmp_path / "results", read(tmp_path, LONG))
+    names = [f"small/{name}" for name in ("edm-s0", "ct-s0", "edm-s1", "ct-s1")]
+    held = hold([store], set(names))
+    requeued, killed, cancelled, late = (held[name] for name in names)
+    again = cli(path, ROOT)
+    assert "0 runs to submit, 2 queued already, 4 running" in again.stdout, again.stdout
+    assert slurm.asked("scontrol", "update", f"JobId={late.job}", "TimeLimit=1") == ""
+    subprocess.run(["scontrol", "requeue", requeued.job], check=True)  # SIGCONT, then SIGTERM
+    os.kill(killed.pid, signal.SIGKILL)
+    subprocess.run(["scancel", cancelled.job], check=True)
+    until(late.warned)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(late.pid, signal.SIGCONT)
+    until(lambda: len(late.rows()) > 1)
+    until(lambda: not slurm.asked("scontrol", "update", f"JobId={late.job}", "TimeLimit=240"))
+    until(empty)
+    assert "Requeued job" in late.log() and "Requeued job" not in requeued.log()
+    for run in (requeued, late):
+        assert [r.get("reason") for r in run.rows()] == [None, "stopped", None, "done"]
+    assert [r.get("reason") for r in cancelled.rows()] == [None, "stopped"]
+    assert [r["event"] for r in killed.rows()] == ["start"]
+    left = {store.study.unique[i].folder.rpartition("-")[0]: s
+            for i, s in store.states().items() if s != "done"}  # fmt: skip
+    assert left == {"ct-small-s0": "interrupted", "edm-s1": "interrupted",
+                    "cd-small-s1": "pending"}  # fmt: skip
+
+    again = cli(path, ROOT)
+    assert "submitted" in again.stdout, again.stderr
+    until(empty)
+    assert set(store.states().values()) == {"done"}
+    starts = [r for f in store.folders.values()
+              for r in read_lines(f.file("attempts.jsonl")) if r["event"] == "start"]  # fmt: skip
+    assert len(starts) == 6 + 2 + 2 and {r["code"] for r in starts} == {code()["code"]}
+    local = tmp_path / "local"
+    assert main([str(path), "--results", str(local), "--workers", "2"]) == 0
+    assert content(tmp_path / "results") == content(local)
+
+
+def test_two_studies_at_once_are_preempted_and_end_as_alone(real: Path, tmp_path: Path) -> None:
+    paths = {n: write(tmp_path, LONG.replace("[0, 1]", "[0]"), n) for n in ("small", "other")}
+    for path in paths.values():
+        done = cli(path, ROOT, "--minutes", "30")  # the runs of one depth share a job
+        assert done.returncode == 3 and "1 job, 2 runs" in done.stdout, done.stdout + done.stderr
+    stores = {n: Store(tmp_path / "results", load(p)) for n, p in paths.items()}
+    held = hold(list(stores.values()), {f"{name}/edm-s0" for name in stores})
+    urgent = ["sbatch", "--partition=urgent", "--ntasks=4", "--output=/dev/null", "--wrap=true"]
+    subprocess.run(urgent, check=True, stdout=subprocess.DEVNULL)
+    for run in held.values():
+        until(lambda run=run: run.rows()[-1].get("reason") == "stopped")  # SIGCONT, then SIGTERM
+    until(empty)
+    for name, store in stores.items():  # within the time of grace, so nothing had to be killed
+        assert "Requeued job" in held[f"{name}/edm-s0"].log()
+        assert set(store.states().values()) == {"done"}
+    found = content(tmp_path / "results", "other")
+    found = {name.replace("-other-", "-small-"): value for name, value in found.items()}
+    assert found == content(tmp_path / "results")
+    assert main([str(paths["small"]), "--results", str(tmp_path / "local"), "--workers", "2"]) == 0
+    assert content(tmp_path / "results") == content(tmp_path / "local")
+
+
+def test_sbatch_itself_says_what_it_refuses(
+    real: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(write(tmp_path), "--slurm", "partition=nowhere")) == 2
+    assert "invalid partition" in capsys.readouterr().err.lower()
+    assert not list((tmp_path / "results/small" / FOLDER).glob("*.json"))
