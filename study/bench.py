@@ -22,14 +22,15 @@ from rich.progress import track
 from rich.table import Table
 
 from study import worker
+from study.capture import usable
 from study.errors import StudyError
-from study.forecast import BENCH
+from study.forecast import BENCH, is_timed, sha, step_key
 from study.launch import devices
 from study.resolve import load
 from study.run import chosen, fetch_data
 from study.spec import Run, Study
-from study.store import Store, write_json
-from study.timing import Site, ceiling, free_of_determinism, step_key, steps_of, timed, together
+from study.store import Store, read_json, write_json
+from study.timing import Site, ceiling, determinism, measure_key, steps_of, timed, together
 from study.train import set_up
 
 EXAMPLES = """examples:
@@ -71,15 +72,14 @@ def forecast(study: Study, rows: Mapping[bytes, Mapping[str, Any]]) -> dict[str,
             continue
         total["training"] += row["seconds_per_image"] * run.recipe.factors.budget.images
         total["first updates"] += row["first_update_seconds"]
-        total["measurements"] += measuring(run, row)
+        total["measurements"] += measuring(run, row) or 0
     return total
 
 
-def measuring(run: Run, row: Mapping[str, Any]) -> float:
-    """Seconds to make all that is asked of a run; 0 where measurements were not timed."""
-    known = row["measures"]
-    asked = [m.file.partition("-")[2] for m in run.measures]
-    return sum(known.get(name, 0.0) for name in asked)
+def measuring(run: Run, row: Mapping[str, Any]) -> float | None:
+    """Seconds to make all that is asked of a run; None where some of it was not timed."""
+    known, asked = row["measures"], [measure_key(m) for m in run.measures]
+    return sum(known[key] for key in asked) if known.keys() >= set(asked) else None
 
 
 def table(rows: Mapping[str, Mapping[str, Any]], ceilings: Mapping[str, float]) -> Table:
@@ -110,8 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
             if not 1 <= getattr(options, name) <= 100_000:
                 raise StudyError(f"--{name} {getattr(options, name)}: a number from 1 expected")
         study = load(options.study, tuple(options.set))
-        place = devices(options.device, 1)[0]
-        device = torch.device(place)
+        device = usable(devices(options.device, 1)[0])
         store = Store(options.results, study)
         fetch_data(study)
         bench(study, store, options, device, console)
@@ -135,25 +134,33 @@ def bench(
     with TemporaryDirectory() as folder:
         here = Site(study, device, Path(folder))
         for key, run in track(list(runs.items()), "timing", console=console):
-            rows[key] = timed(here, run, options.steps, not options.no_measures)
-        key, run = next(iter(runs.items()))
-        free = free_of_determinism(here, run, options.steps)
+            try:
+                rows[key] = timed(here, run, options.steps, not options.no_measures)
+            except torch.OutOfMemoryError:
+                why = worker.too_large(run, here.all, here.folders.__getitem__, here.dataset(run),
+                                       device)  # fmt: skip
+                console.print(f"{run.recipe.name}-{run.recipe.cell}: {why}", highlight=False)
+        runs = {key: run for key, run in runs.items() if key in rows}
+        if not runs:
+            raise StudyError(f"{options.study}: no step fits into this GPU's memory")
+        first = next(iter(runs.values()))
+        ratio, spread = determinism(here, first, options.steps)
     names = {f"{r.recipe.name}-{r.recipe.cell}": rows[k] for k, r in runs.items()}
     console.print(table(names, ceilings))
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "one CPU thread"
     for precision, flops in ceilings.items():
         console.print(f"ceiling of {where} in {precision}: {flops / 1e12:.3g} TFLOP/s")
-    deterministic = rows[key]["seconds_per_image"] / free
-    console.print(f"determinism: a step of {run.recipe.name} takes {deterministic:.2f} times what "
-                  "it takes with kernels chosen by speed alone", highlight=False)  # fmt: skip
+    console.print(f"determinism: a step of {first.recipe.name} takes {ratio:.2f} times what it "
+                  "takes with kernels chosen by speed alone (two timings of one step differ by up "
+                  f"to {100 * spread:.0f} %)", highlight=False)  # fmt: skip
     result = {
         "device": where,
         "torch": torch.__version__,
         "code": worker.CODE["code"],
         "ceilings": ceilings,
-        "determinism": {"of": run.recipe.name, "ratio": deterministic},
+        "determinism": {"of": first.recipe.name, "ratio": ratio, "spread": spread},
         "steps": names,
-        "recipes": recipes(study, rows),
+        "recipes": kept(store, where) | recipes(study, rows),
     }
     if options.workers > 1:
         result["together"] = {}
@@ -167,22 +174,36 @@ def bench(
     total = forecast(study, rows)
     result["forecast_seconds"] = total
     parts = ", ".join(f"{name} {value / 3600:.2f}" for name, value in total.items())
-    missing = sum(step_key(r) not in rows for r in study.unique.values())
-    left_out = f"; {missing} of {len(study.unique)} runs not timed" if missing else ""
+    steps = [r for r in study.unique.values() if is_timed(r)]
+    missing = sum(step_key(r) not in rows for r in steps)
+    left_out = f"; {missing} of {len(steps)} runs not timed" if missing else ""
+    there = [r for r in steps if step_key(r) in rows]
+    unmeasured = sum(measuring(r, rows[step_key(r)]) is None for r in there)
+    left_out += f"; measurements of {unmeasured} runs not timed" if unmeasured else ""
     console.print(f"the whole study on one worker: {sum(total.values()) / 3600:.2f} hours "
                   f"({parts}{left_out})", highlight=False)  # fmt: skip
     store.path.mkdir(parents=True, exist_ok=True)
     write_json(store.path / BENCH, result)
 
 
-def recipes(study: Study, rows: Mapping[bytes, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """What --plan reads: seconds per image, and of all else, by cell/name."""
+def kept(store: Store, device: str) -> dict[str, dict[str, Any]]:
+    """What an earlier bench on this device and of this code found of other recipes."""
+    old = read_json(store.path / BENCH)
+    same = old and (old["device"], old["code"]) == (device, worker.CODE["code"])
+    return old["recipes"] if same else {}
+
+
+def recipes(study: Study, rows: Mapping[bytes, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What --plan reads, by cell/name. step: digest of what was timed."""
     result = {}
     for run in study.unique.values():
         if (row := rows.get(step_key(run))) is not None:
-            rest = row["first_update_seconds"] + measuring(run, row)
             result[f"{run.recipe.cell}/{run.recipe.name}"] = {
-                "seconds_per_image": row["seconds_per_image"], "seconds_beside": rest}  # fmt: skip
+                "step": sha(step_key(run)),
+                "seconds_per_image": row["seconds_per_image"],
+                "first_update_seconds": row["first_update_seconds"],
+                "measuring_seconds": measuring(run, row),
+            }
     return result
 
 

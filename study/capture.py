@@ -15,11 +15,19 @@ from torch import Tensor, nn
 
 from study.consistency import Function
 from study.data import Batch
+from study.errors import StudyError
 from study.losses import Problem
 
 WARM_UP = 3  # steps before the capture, in which kernels are compiled and workspaces made
 
 Gradient = Callable[[Batch, float, float], Tensor]  # leaves d loss / d w in w.grad; the loss
+
+
+def usable(name: str) -> torch.device:
+    """The device, where torch can use it. Raises StudyError where it can't."""
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise StudyError(f"{name}: torch finds no GPU that it can use here; use --device cpu")
+    return torch.device(name)
 
 
 def compiled(net: nn.Module, device: torch.device) -> nn.Module:

@@ -15,6 +15,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from reprlib import repr  # of a few items and levels, whatever it is given
 from typing import BinaryIO
 
 import numpy as np
@@ -161,7 +162,7 @@ def _stand_ins(where: str) -> dict[tuple[str, str], Callable]:
             n, row = shape
             if row != ROW or n < 1 or n * row != len(values):
                 raise StudyError(
-                    f"{where}: found shape {shape!r:.80} over {len(values)} bytes; allowed: "
+                    f"{where}: found shape {repr(shape)} over {len(values)} bytes; allowed: "
                     f"(n, {ROW}), n at least 1"
                 )
             order = "F" if fortran else "C"
@@ -183,7 +184,7 @@ def _stand_ins(where: str) -> dict[tuple[str, str], Callable]:
 
     def dtype(kind: object, *_: object) -> Bytes:
         if kind != b"u1":
-            raise StudyError(f"{where}: found elements of type {kind!r:.40}; allowed: b'u1'")
+            raise StudyError(f"{where}: found elements of type {repr(kind)}; allowed: b'u1'")
         return Bytes()
 
     return {

@@ -219,7 +219,8 @@ def submit(
         known = speeds.training(run)
         trained = store.folders[run.id].trained is not None
         guess = run.recipe.factors.budget.images / SLOW
-        times[run.id] = (0 if trained else known[0] if known else guess) + speeds.beside(run)
+        training = 0 if trained else known[0] if known else guess
+        times[run.id] = training + (speeds.beside(run) or 0)
     if not all(map(speeds.training, new)):
         console.print(f"how long runs take is not known: {SLOW:,.0f} images a second are assumed; "
                       "python -m study.bench finds out", highlight=False)  # fmt: skip

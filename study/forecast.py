@@ -6,10 +6,32 @@ cell's, otherwise what `study.bench` wrote into results/STUDY/bench.json.
 
 from __future__ import annotations
 
+import hashlib
+from typing import Any
+
+import msgspec
+
+from study.factors import Budget, FixedPoint, Random
 from study.spec import Run
 from study.store import Store, read_json
 
 BENCH = "bench.json"  # in results/STUDY: what study.bench found
+
+
+def step_key(run: Run) -> bytes:
+    """Equal for runs whose steps cost the same: what differs is only where weights and noise
+    come from, and how long it goes on."""
+    factors = run.recipe.factors
+    plain = msgspec.structs.replace(
+        factors, init=Random(), data_stream=0, budget=Budget(images=factors.batch)
+    )
+    return msgspec.json.encode(plain)
+
+
+def is_timed(run: Run) -> bool:
+    """Whether the run takes steps that can be timed."""
+    factors = run.recipe.factors
+    return factors.budget.images != 0 and not isinstance(factors.objective, FixedPoint)
 
 
 class Speeds:
@@ -24,36 +46,51 @@ class Speeds:
                     self.finished.setdefault(key, []).append(speed)
         self.bench = read_json(store.path / BENCH) or {"recipes": {}}
 
-    def timed(self, run: Run) -> dict[str, float] | None:
-        """The bench's row of the run's recipe."""
-        return self.bench["recipes"].get(f"{run.recipe.cell}/{run.recipe.name}")
+    def timed(self, run: Run) -> dict[str, Any] | None:
+        """The bench's row of the run's recipe; none where it was timed with other factors."""
+        row = self.bench["recipes"].get(f"{run.recipe.cell}/{run.recipe.name}")
+        return row if row and row["step"] == sha(step_key(run)) else None
 
     def training(self, run: Run) -> tuple[float, bool] | None:
         """Seconds of training and whether the bench was asked; None where nothing is known."""
         cell, name = run.recipe.cell, run.recipe.name
         images = run.recipe.factors.budget.images
+        if not is_timed(run):
+            return 0.0, False
         if known := self.finished.get((cell, name)) or self.finished.get((cell,)):
             return sum(known) / len(known) * images, False
         row = self.timed(run)
         return None if row is None else (row["seconds_per_image"] * images, True)
 
-    def beside(self, run: Run) -> float:
-        """Seconds of a first update and of measuring; 0 where they were not timed."""
+    def beside(self, run: Run) -> float | None:
+        """Seconds of a first update and of measuring; None where they were not timed."""
         row = self.timed(run)
-        return row["seconds_beside"] if row else 0.0
+        known = row is not None and row["measuring_seconds"] is not None
+        return row["first_update_seconds"] + row["measuring_seconds"] if known else None
+
+
+def sha(value: bytes) -> str:
+    """A short digest."""
+    return hashlib.sha256(value).hexdigest()[:16]
 
 
 def forecast(store: Store, new: list[Run]) -> str | None:
     """How long training `new` takes one worker, in words; None where nothing is known of one."""
     speeds = Speeds(store)
     trainings = [speeds.training(run) for run in new]
-    if not all(trainings):
+    if None in trainings:
         return None
     seconds, timed = (sum(column) for column in zip(*trainings, strict=True))
-    beside = sum(map(speeds.beside, new))
+    beside = [speeds.beside(run) for run in new]
     finished = sum(len(s) for key, s in speeds.finished.items() if len(key) == 1)
     stands = [f"the speed of {finished} finished runs"] * bool(finished)
     stands += [f"study.bench on {speeds.bench.get('device')}"] * bool(timed)
-    then = f"measuring them {beside / 60:.1f}" if beside else "measuring comes on top"
+    if not stands:  # nothing of it is trained
+        return None
+    known = [value for value in beside if value is not None]
+    then = "measuring comes on top"
+    if known:
+        then = f"compiling and measuring {sum(known) / 60:.1f} more"
+        then += f" (not timed for {len(new) - len(known)} runs)" * (len(known) < len(new))
     return (f"training them takes about {seconds / 60:.1f} minutes of one worker by "
             f"{' and '.join(stands)}, {then}")  # fmt: skip

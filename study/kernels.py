@@ -157,7 +157,8 @@ def _(x: Tensor, skip: Tensor | None, *args: Any) -> tuple[Tensor, ...]:  # noqa
     "study::norm_silu_backward",
     mutates_args=(),
     schema="(Tensor x, Tensor dy, Tensor? dz, Tensor? e, Tensor w, Tensor b, Tensor? scale, "
-    "Tensor? shift, Tensor? key, Tensor mean, Tensor rstd, float gain, float p, int layer) "
+    "Tensor? shift, Tensor? key, Tensor mean, Tensor rstd, bool totalled, float gain, float p, "
+    "int layer) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(
@@ -172,29 +173,32 @@ def _backward(
     key: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
+    totalled: bool,
     gain: float,
     p: float,
     layer: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, and per sample and channel (B, C) the sums of dv, of dv GN(x + e) and of dx."""
+    """dx, and per sample and channel (B, C) the sums of dv, of dv GN(x + e) and, where `totalled`,
+    of dx."""
     from study import tiles
 
     grid, stream, constants = _launch(x, mean.shape[1], 2, p, layer)
-    dx, sums, moments, totals = _gradients(x)
+    dx, sums, moments, totals = _gradients(x, totalled)
     rows = _row(e), _row(scale), _row(shift)
-    tensors = x, dy, dz, e, w, b, scale, shift, key, mean, rstd, dx, sums, moments, totals
+    made = dx, sums, moments, totals if totalled else None
+    tensors = x, dy, dz, e, w, b, scale, shift, key, mean, rstd, *made
     tiles.backward[grid](*tensors, *rows, stream, gain, **constants)
     return dx, sums, moments, totals
 
 
-def _gradients(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sums = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(3))
-    return torch.empty_like(x), *sums
+def _gradients(x: Tensor, totalled: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shapes = x.shape[:2], x.shape[:2], x.shape[:2] if totalled else (0,)
+    return torch.empty_like(x), *(x.new_empty(s, dtype=torch.float32) for s in shapes)
 
 
 @_backward.register_fake
-def _(x: Tensor, *_: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
-    return _gradients(x)
+def _(x: Tensor, *args: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
+    return _gradients(x, args[10])
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:  # noqa: ANN401
@@ -211,7 +215,7 @@ def _pull(ctx: Any, dy: Tensor | None, dz: Tensor | None, *_: None) -> tuple:  #
     dy = torch.zeros_like(x) if dy is None else _last(dy)
     dz = _last(dz) if ctx.skips and dz is not None else None
     dx, sums, moments, totals = torch.ops.study.norm_silu_backward(
-        x, dy, dz, inner, w, b, scale, shift, key, mean, rstd, *ctx.numbers
+        x, dy, dz, inner, w, b, scale, shift, key, mean, rstd, e is not None, *ctx.numbers
     )
     outer = 1 if scale is None else 1 + scale.float()
     dw, db = (outer * moments).sum(0).to(w.dtype), (outer * sums).sum(0).to(b.dtype)

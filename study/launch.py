@@ -12,6 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from itertools import takewhile
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
@@ -32,7 +33,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM, signal.SIGUSR2)
 def gpus() -> int:
     """How many GPUs this process may use, without asking torch."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return len([d for d in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if d.strip()])
+        named = (d.strip() for d in os.environ["CUDA_VISIBLE_DEVICES"].split(","))
+        # what is no device hides all that follows, as CUDA reads it
+        return len(list(takewhile(lambda d: d and not d.startswith("-"), named)))
     return len([p for p in Path("/dev").glob("nvidia[0-9]*")])
 
 

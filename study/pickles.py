@@ -11,13 +11,15 @@ import io
 import pickle
 import pickletools
 from collections.abc import Callable, Mapping
+from reprlib import repr  # of a few items and levels, whatever it is given
 from typing import Any
 
 from study.errors import StudyError
 
 LARGEST = 1 << 30  # bytes
-MOST_TUPLES = 50_000  # one in another that deep overflows the C stack when it is hashed
-PUTS = ("PUT", "BINPUT", "LONG_BINPUT")
+MOST_TUPLES = 50_000  # in one another: that deep they overflow the C stack when they are hashed
+PUTS, GETS = (tuple(f"{kind}{way}" for kind in ("", "BIN", "LONG_BIN")) for way in ("PUT", "GET"))
+TUPLES = ("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET")
 
 
 def restricted(
@@ -47,16 +49,48 @@ def restricted(
 
 
 def _scan(data: bytes, where: str) -> None:
-    """Refuses what would have the machine take memory or stack out of proportion to the pickle: a
-    place of its memory far beyond the pickle's end, bytes that are not there, endless nesting."""
-    tuples = 0
+    """Refuses what would have the machine take memory, time or stack out of proportion to the
+    pickle: a place of its memory far beyond the pickle's end, bytes that are not there, and tuples
+    in tuples, shared or nested, whose hash visits more of them than any honest file holds.
+
+    The stack is followed with, for each value, the number of tuples that a hash would visit.
+    """
+    stack: list[int] = []
+    marks: list[int] = []  # the stack's heights
+    memo: dict[int, int] = {}
     for opcode, argument, at in pickletools.genops(data):
-        tuples += opcode.name.startswith("TUPLE")
-        if tuples > MOST_TUPLES:
-            raise StudyError(f"{where}: the pickle has more than {MOST_TUPLES} tuples")
-        if opcode.name in PUTS and argument > at:
-            raise StudyError(f"{where}: {opcode.name} {argument} at byte {at} of the pickle: it "
+        name, before = opcode.name, opcode.stack_before
+        if name in PUTS and argument > at:
+            raise StudyError(f"{where}: {name} {argument} at byte {at} of the pickle: it "
                              "asks for more memory than it can fill")  # fmt: skip
+        if name in (*PUTS, "MEMOIZE"):
+            memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
+            continue
+        if name == "MARK":
+            marks.append(len(stack))
+            continue
+        if pickletools.markobject in before:
+            height = marks.pop()
+            taken = stack[height:]
+            del stack[height:]
+            before = before[: before.index(pickletools.markobject)]
+        elif name == "POP" and marks and marks[-1] == len(stack):  # it takes a mark away
+            marks.pop()
+            continue
+        else:
+            taken = stack[len(stack) - len(before) :]
+        del stack[len(stack) - len(before) :]
+        if name == "DUP":
+            stack += taken * 2
+        elif name in GETS:
+            stack.append(memo[argument])
+        elif name in TUPLES:
+            stack.append(1 + sum(taken))
+            if stack[-1] > MOST_TUPLES:
+                raise StudyError(f"{where}: the pickle has tuples in one another more than "
+                                 f"{MOST_TUPLES} times")  # fmt: skip
+        else:
+            stack += [0] * len(opcode.stack_after)
 
 
 class _Reader(pickle.Unpickler):
@@ -78,7 +112,7 @@ class _Reader(pickle.Unpickler):
 
     def persistent_load(self, pid: object) -> None:
         """Refuses a reference to something outside the pickle."""
-        raise StudyError(f"{self.where}: the pickle refers to something outside it, {pid!r:.80}")
+        raise StudyError(f"{self.where}: the pickle refers to something outside it, {repr(pid)}")
 
 
 class _Function:

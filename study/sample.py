@@ -121,13 +121,14 @@ def drawn(model: Saved, options: argparse.Namespace, console: Console) -> Tensor
     import torch
 
     from study import evaluate, measure
+    from study.capture import usable
     from study.train import set_up
 
     nfe, mid = steps(model, options.nfe, options.mid)
     count = options.count or (measure.GRID**2 if len(model.shape) == 3 else 2048)
     chunk = options.batch or evaluate.CHUNK
     set_up()
-    device = torch.device(devices(options.device, None)[0])
+    device = usable(devices(options.device, None)[0])
     function = model.function(device, chunk)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("samples", total=nfe * -(-count // chunk))

@@ -94,17 +94,21 @@ def _from_run(path: Path, at: float, ema: str | None) -> Saved:
     chosen = ema or str(recipe.weights_ema[0])
     if chosen not in sets:
         raise StudyError(f"{path}: --ema {chosen}: no such average; {nearest(chosen, sets)}")
-    dataset = data.load(recipe.data)
+    shape = tuple(trained.get("shape", ()))
+    vectors = len(shape) == 1
+    if not shape or vectors:  # of vectors the population is drawn beside; older runs have no shape
+        dataset = data.load(recipe.data)
+        shape, vectors = dataset.shape, not dataset.images
     return Saved(
         path,
         sets[chosen],
         recipe.network,
         recipe.objective,
         msgspec.structs.replace(recipe.sigma, data=trained["sigma_data"]),
-        dataset.shape,
+        shape,
         recipe.precision,
         min(recipe.batch, CHUNK),
-        None if dataset.images else dataset.density,
+        dataset.density if vectors else None,
     )
 
 

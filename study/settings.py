@@ -119,6 +119,8 @@ def settings_of(measure: Measure, factors: Factors, role: str) -> Iterator[Setti
                     record |= {"nfe": nfe, "mid": plain["mid"] if nfe == 2 else None}
                 if reference is not None:
                     record["reference"] = reference
+                if kind == "trajectories" and factors.augment == "flip":
+                    record["augment"] = "flip"  # an untrained run's id does not hold it
                 yield Settings(at, record, consults, weights)
 
 

@@ -6,6 +6,7 @@ target's decay are all addressed by it, so a resumed run does the same bits.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -132,7 +133,7 @@ def batch_that_fits(
     for rows in {max(1, factors.batch // 8), max(1, factors.batch // 4)}:
         smaller = msgspec.structs.replace(factors, batch=rows)
         tried = replace(run, recipe=replace(run.recipe, factors=smaller))
-        torch.cuda.empty_cache()
+        free_memory(device)
         torch.cuda.reset_peak_memory_stats(device)
         try:
             net = initial(tried, sources, lookup, dataset)
@@ -143,7 +144,15 @@ def batch_that_fits(
             return 0
         peaks[rows] = torch.cuda.max_memory_allocated(device)
         del net, student
-    return largest_batch(peaks, torch.cuda.mem_get_info(device)[1], factors.batch)
+    return largest_batch(peaks, free_memory(device), factors.batch)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes of the GPU that this process may use: what nobody holds, or torch holds for nothing,
+    and what its tensors hold."""
+    gc.collect()  # a compiled network is in a cycle with itself
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_allocated(device)
 
 
 def largest_batch(peaks: Mapping[int, int], room: int, below: int) -> int:

@@ -6,18 +6,20 @@ as training takes it, data on the device, optimiser and averages included.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import statistics
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing.connection import wait
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import msgspec
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,12 +27,14 @@ from study import worker
 from study.budget import Spend, passes
 from study.data import Dataset
 from study.errors import StudyError
-from study.factors import Budget, FixedPoint, Random
+from study.forecast import is_timed, step_key
+from study.identity import digest
 from study.measure import measure
 from study.models import initial
+from study.settings import Settings
 from study.spec import Run, Study
 from study.store import Folder, read_json
-from study.student import Student
+from study.student import Student, free_memory
 from study.train import finish, set_up, untrained
 from study.weights import save_tensors, snapshot_name
 
@@ -39,22 +43,11 @@ TOGETHER = 5.0  # seconds for which several processes train at once
 SIDE = {"cuda": 8192, "cpu": 1024}  # of the matrices whose product is the ceiling
 
 
-def step_key(run: Run) -> bytes:
-    """Equal for runs whose steps cost the same: what differs is only where weights and noise
-    come from, and how long it goes on."""
-    factors = run.recipe.factors
-    plain = msgspec.structs.replace(
-        factors, init=Random(), data_stream=0, budget=Budget(images=factors.batch)
-    )
-    return msgspec.json.encode(plain)
-
-
 def steps_of(runs: list[Run]) -> dict[bytes, Run]:
     """One run for each step that costs something of its own; what is never trained left out."""
     result: dict[bytes, Run] = {}
     for run in runs:
-        factors = run.recipe.factors
-        if factors.budget.images and not isinstance(factors.objective, FixedPoint):
+        if is_timed(run):
             result.setdefault(step_key(run), run)
     return result
 
@@ -68,7 +61,7 @@ class Site:
 
     def dataset(self, run: Run) -> Dataset:
         """The run's data on the device."""
-        return worker.load(run.recipe.factors.data, self.device)
+        return worker.data_of(run.recipe.factors, self.device)
 
     def _facts(self, run: Run) -> dict[str, Any]:
         dataset = self.dataset(run)
@@ -93,7 +86,7 @@ class Site:
         return Student(run, self.all, lookup, dataset, self.device, first)
 
     def measured(self, run: Run, student: Student) -> dict[str, float]:
-        """Seconds that each measurement of the last snapshot takes, by its file's digest part."""
+        """Seconds that each measurement of the last snapshot takes, by `measure_key`."""
         folder = self.folders[run.id]
         folder.create(run, {"id": run.id})
         save_tensors(folder.file(snapshot_name(1.0)), student.snapshot())
@@ -103,8 +96,19 @@ class Site:
         lookup = self.folders.__getitem__
         measure(last, self.all, lookup, self.dataset(run), self.device, lambda: False)
         folder.file("trained.json").unlink()  # another step may read this run as a source
-        files = {m.file: folder.file(f"measures/{m.file}") for m in last.measures}
-        return {name.partition("-")[2]: read_json(f)["seconds"] for name, f in files.items()}
+        files = {measure_key(m): folder.file(f"measures/{m.file}") for m in last.measures}
+        return {key: read_json(file)["seconds"] for key, file in files.items()}
+
+
+def measure_key(settings: Settings) -> str:
+    """Equal for measurements that cost the same: at other progress, of another seed."""
+
+    def nameless(value: Any) -> Any:  # noqa: ANN401
+        if isinstance(value, Mapping):
+            return {k: nameless(v) for k, v in value.items() if k not in ("run", "teachers")}
+        return value
+
+    return f"{settings.record['kind']}-{digest(nameless(settings.record), 16)}"
 
 
 def updates(student: Student) -> Iterator[None]:
@@ -147,13 +151,25 @@ def seconds(student: Student, steps: int, device: torch.device) -> tuple[float, 
     return statistics.median(each), first
 
 
+def forget() -> None:
+    """Empties what functions of this package keep for the next time: data, features, posteriors
+    would otherwise count as the memory of whoever comes next."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("study."):
+            for value in list(vars(module).values()):
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
+    gc.collect()
+
+
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
     """Fills in "mebibytes", the most in use meanwhile: on a GPU by tensors, data included, else by
     this process."""
     found: dict[str, float] = {}
+    forget()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        free_memory(device)
         torch.cuda.reset_peak_memory_stats(device)
         yield found
         found["mebibytes"] = torch.cuda.max_memory_allocated(device) / 2**20
@@ -211,15 +227,18 @@ def timed(site: Site, run: Run, steps: int, measures: bool) -> dict[str, Any]:
     }
 
 
-def free_of_determinism(site: Site, run: Run, steps: int) -> float:
-    """Seconds per image with kernels chosen by trial, and by speed alone."""
-    set_up()
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.benchmark = True
-    try:
-        return seconds(site.student(run), steps, site.device)[0] / run.recipe.factors.batch
-    finally:
+def determinism(site: Site, run: Run, steps: int) -> tuple[float, float]:
+    """How many times as long a step takes as with kernels chosen by trial, for speed alone; and
+    how far two timings of the same step lie apart, as a share of it."""
+    each = {True: [], False: []}
+    for strict in (True, False, True, False):  # in turn: what drifts meets both
         set_up()
+        torch.use_deterministic_algorithms(strict)
+        torch.backends.cudnn.benchmark = not strict
+        each[strict].append(seconds(site.student(run), steps, site.device)[0])
+    set_up()
+    spread = max(abs(a - b) / (a + b) * 2 for a, b in each.values())
+    return sum(each[True]) / sum(each[False]), spread
 
 
 def train_together(
@@ -263,10 +282,14 @@ def together(study: Study, run: Run, device: str, workers: int) -> float:
         ]
         for process in pool:
             process.start()
-        for process in pool:
-            process.join()
-            if process.exitcode:
-                for other in pool:
-                    other.terminate()
-                raise StudyError(f"{run.folder}: a process of {workers} at once failed; see above")
+        going = {process.sentinel: process for process in pool}
+        while going:  # one that dies leaves the others waiting for it
+            for ended in wait(list(going)):
+                process = going.pop(ended)
+                process.join()
+                if process.exitcode:
+                    for other in going.values():
+                        other.terminate()
+                    raise StudyError(f"{run.folder}: one of {workers} processes at once failed "
+                                     f"(exit status {process.exitcode})")  # fmt: skip
         return sum(counts.get() for _ in pool)

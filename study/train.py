@@ -112,6 +112,7 @@ def train(
         "id": run.id,
         "sigma_data": level_range(factors, dataset).data,
         "data_digest": dataset.digest,
+        "shape": list(dataset.shape),
         "inputs": dict(inputs),
     }
     if isinstance(factors.objective, FixedPoint):

@@ -18,7 +18,9 @@ from functools import cache
 import torch
 
 from study import data, reference
+from study.capture import usable
 from study.errors import StudyError
+from study.factors import Factors
 from study.identity import SCHEMA, complete
 from study.launch import BUSY, STOP_SIGNALS, STOPPED
 from study.measure import measure
@@ -26,7 +28,7 @@ from study.models import Lookup, check_inputs
 from study.pinned import code
 from study.spec import Run
 from study.store import Folder, append_line, now
-from study.student import batch_that_fits
+from study.student import batch_that_fits, free_memory
 from study.subjects import Data
 from study.train import set_up, train
 
@@ -34,9 +36,20 @@ DONE, FAILED = 0, 1
 
 
 @cache
-def load(kind: Data, device: torch.device, flip: bool = False) -> data.Dataset:
+def load(kind: Data, device: torch.device) -> data.Dataset:
     """The data set on a device, loaded once per process also where it works on several runs."""
-    return replace(load(kind, device), flip=True) if flip else data.load(kind).to(device)
+    return data.load(kind).to(device)
+
+
+@cache
+def flipped(kind: Data, device: torch.device) -> data.Dataset:
+    """The same data set, where training also meets its mirror images."""
+    return replace(load(kind, device), flip=True)
+
+
+def data_of(factors: Factors, device: torch.device) -> data.Dataset:
+    """What a run trains on."""
+    return (flipped if factors.augment == "flip" else load)(factors.data, device)
 
 
 CODE = code()
@@ -66,9 +79,11 @@ def too_large(
 ) -> str:
     """Why training ran out of GPU memory, in a user's words."""
     fits, batch = batch_that_fits(run, sources, lookup, dataset, device), run.recipe.factors.batch
-    room = torch.cuda.mem_get_info(device)[1] / 2**30
+    sizes = free_memory(device), torch.cuda.mem_get_info(device)[1]
+    room, whole = (size / 2**30 for size in sizes)
     hint = f"about {fits} would fit" if fits else f"not even {max(1, batch // 4)} fit"
-    return f"batch: {batch} needs more than the {room:.0f} GiB of this GPU; {hint}"
+    return (f"batch: {batch} needs more than the {room:.0f} GiB that are free of this GPU's "
+            f"{whole:.0f}; {hint}")  # fmt: skip
 
 
 def work(run: Run, sources: Mapping[str, Run], folders: Mapping[str, Folder], device: str) -> int:
@@ -92,13 +107,12 @@ def work(run: Run, sources: Mapping[str, Run], folders: Mapping[str, Folder], de
                 folder.create(run, {
                     "schema": SCHEMA, "id": run.id, "role": run.recipe.role, "seed": run.seed,
                     "factors": complete(run.recipe.factors, run.refs)})  # fmt: skip
-                place = torch.device(device)
+                place = usable(device)
                 set_up()
                 if place.type == "cuda":  # streams and graphs are made on the current device
                     torch.cuda.set_device(place)
                 append_line(folder.file("attempts.jsonl"), provenance(place))
-                factors = run.recipe.factors
-                dataset = load(factors.data, place, factors.augment == "flip")
+                dataset = data_of(run.recipe.factors, place)
                 inputs = check_inputs(run, folders.__getitem__, dataset)
                 arguments = run, sources, folders.__getitem__, dataset, place, lambda: stopping
                 if folder.trained is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,15 @@ from studies import TWO_MODES, read, replaced, write
 from study import run as command
 from study import worker
 from study.bench import main
+from study.capture import usable
 from study.errors import StudyError
+from study.forecast import step_key
+from study.launch import gpus
 from study.resolve import load
+from study.spec import Run
 from study.store import Store
-from study.student import largest_batch
-from study.timing import step_key, steps_of, together
+from study.student import Student, largest_batch
+from study.timing import Site, measure_key, steps_of, together
 
 WARM = """\
   ct_warm: {from: ct, init: {run: edm}}
@@ -68,8 +73,10 @@ def test_the_forecast_adds_up_every_run(benched: tuple[Path, dict]) -> None:
     )
     assert found["forecast_seconds"]["training"] == pytest.approx(training)
     ct = found["steps"]["ct-small"]
-    beside = found["recipes"]["small/ct"]["seconds_beside"] - ct["first_update_seconds"]
-    assert beside == pytest.approx(2 * sum(ct["measures"].values()))  # at 0.5 and 1.0
+    measuring = found["recipes"]["small/ct"]["measuring_seconds"]
+    assert measuring == pytest.approx(2 * sum(ct["measures"].values()))  # at 0.5 and 1.0
+    everyone = found["forecast_seconds"]["measurements"]
+    assert everyone > 2 * 7 * measuring / 10  # seven recipes of two seeds, none left out
 
 
 def test_plan_tells_the_benchs_forecast(
@@ -116,10 +123,13 @@ def test_out_of_memory_says_the_batch_that_would_fit(
 
     monkeypatch.setattr(worker, "train", full)
     monkeypatch.setattr(worker, "batch_that_fits", lambda *_: 24)
+    monkeypatch.setattr(worker, "free_memory", lambda _: 20 * 2**30)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 80 * 2**30))
     assert worker.work(run, study.unique, store.folders, "cpu") == worker.FAILED
     folder = store.folders[run.id]
-    expected = "batch: 64 needs more than the 80 GiB of this GPU; about 24 would fit"
+    expected = (
+        "batch: 64 needs more than the 20 GiB that are free of this GPU's 80; about 24 would fit"
+    )
     assert folder.reason() == expected
     assert not folder.file("trained.json").exists()
 
@@ -131,3 +141,84 @@ def test_nothing_trained_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert steps_of(copies) == {}
     with pytest.raises(StudyError, match="no run matches"):
         command.chosen(study, ["copies*"])
+
+
+PROBED = """\
+question: What is timed?
+base:
+  data: digits
+  augment: flip
+  network: {kind: unet, width: 4}
+  budget: {images: 256}
+  batch: 64
+sources:
+  edm: {objective: denoising}
+  copy: {objective: denoising, init: {run: edm}, budget: {images: 0}}
+variants:
+  ct: {score: single_sample}
+  exact: {score: empirical}
+seeds: [0, 1, 2]
+measure:
+  at: [1.0]
+  gradient_cosine: {against: {kind: teacher, run: edm}, sigmas: 2, batches: 4}
+"""
+
+
+def test_every_seeds_measurements_are_in_the_forecast_and_flips_are_timed_as_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their settings name each seed's own teacher. A study whose source is not trained has a
+    forecast too; other factors than the timed ones have none."""
+    seen = []
+    make = Site.student
+
+    def noted(site: Site, run: Run) -> Student:
+        seen.append(site.dataset(run))
+        return make(site, run)
+
+    monkeypatch.setattr(Site, "student", noted)
+    path = write(tmp_path, PROBED)
+    words = [str(path), "--results", str(tmp_path / "results")]
+    assert main([*words, "--device", "cpu", "--steps", "1"]) == 0
+    assert all(dataset.flip for dataset in seen)
+    found = json.loads((tmp_path / "results/small/bench.json").read_text())
+    names = "ct", "exact", "edm"
+    ct, exact, edm = (found["recipes"][f"small/{n}"]["measuring_seconds"] for n in names)
+    assert min(ct, exact) > 0
+    total = found["forecast_seconds"]["measurements"]
+    assert total == pytest.approx(3 * (ct + exact + edm))
+    capsys.readouterr()
+    assert command.main([*words, "--plan"]) == 0
+    assert "by study.bench on one CPU thread" in " ".join(capsys.readouterr().out.split())
+    assert command.main([*words, "--plan", "--set", "base.network.width=8"]) == 0
+    assert "takes about" not in capsys.readouterr().out
+
+
+def test_settings_of_other_seeds_cost_the_same(tmp_path: Path) -> None:
+    study = load(write(tmp_path, PROBED))
+    asked = [m for r in study.runs if r.recipe.name == "ct" for m in r.measures]
+    assert len({m.file for m in asked}) == 3 and len({measure_key(m) for m in asked}) == 1
+
+
+def test_one_that_dies_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = load(write(tmp_path))
+    run = next(r for r in study.runs if r.recipe.name == "cd")
+    broken = replace(study, runs=tuple(r for r in study.runs if r.id == run.id))  # no teacher
+    with pytest.raises(StudyError, match="one of 2 processes at once failed"):
+        together(broken, run, "cpu", 2)
+
+
+@pytest.mark.parametrize(("named", "count"), [("", 0), ("-1", 0), ("0,-1,1", 1), ("0, 1", 2)])
+def test_hidden_gpus_are_not_counted(
+    named: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert gpus() == count
+
+
+def test_a_gpu_that_torch_cannot_use_is_refused() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one that it can use")
+    with pytest.raises(StudyError, match="cuda:0: torch finds no GPU"):
+        usable("cuda:0")
+    assert usable("cpu") == torch.device("cpu")

@@ -181,6 +181,11 @@ def test_every_way_of_naming_code_is_closed(
     assert not list(tmp_path.iterdir())
 
 
+def doubled(levels: int) -> bytes:
+    """The pickle of ((1, 1), (1, 1)) and so on: levels of a tuple that holds one other twice."""
+    return b"\x80\x02K\x01" + b"2\x86" * levels
+
+
 GOOD, ONE = array(pixels("test_batch")), pixels("test_batch")
 SET = b"(" + text(b"__code__") + text(b"x") + b"d"  # {"__code__": "x"}
 
@@ -206,7 +211,12 @@ SET = b"(" + text(b"__code__") + text(b"x") + b"d"  # {"__code__": "x"}
     (b"\xff\xd8\xff\xe0JFIF", "cannot be read as a pickle"),
     (official()["test_batch"][:-9], "cannot be read as a pickle"),
     (b"\x80\x05\x96" + struct.pack("<Q", 2**62) + b".", "cannot be read as a pickle"),
-    (b"\x80\x02" + b"(" * 100_000 + b"t" * 100_000 + b".", "more than 50000 tuples"),
+    (doubled(20) + b"Q.", "more than 50000 times"),  # as a reference outside: told in words
+    (b"\x80\x02}" + doubled(40)[2:] + b"Ns.", "more than 50000 times"),  # as a key: hashed
+    (b"\x80\x02K\x01" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(40)) + b"Q.",
+     "more than 50000 times"),  # and out of the memory
+    (b"\x80\x02(" + doubled(9)[2:] + b"lQ.", r"outside it, \[\(\("),  # said in short
+    (b"\x80\x02" + b"(" * 100_000 + b"t" * 100_000 + b".", "more than 50000 times"),
 ])  # fmt: skip
 def test_a_batch_of_anything_else_is_refused(body: bytes, message: str) -> None:
     with pytest.raises(StudyError, match=f"^where: .*{message}"):
