@@ -43,7 +43,7 @@ class Outside:
     """A file's tensors by parameter name, and what it says of them: None where it does not.
 
     network: the factor, as plain data; objective: its kind; sigma: of `min`, `max` and `data` what
-    is known; shape: of x. left_out: names in the file that no network here has.
+    is known; shape: of x.
     """
 
     path: Path
@@ -53,7 +53,6 @@ class Outside:
     sigma: Mapping[str, float] = field(default_factory=dict)
     shape: tuple[int, ...] | None = None
     precision: str = "float32"
-    left_out: tuple[str, ...] = ()
 
 
 def read(path: Path, ema: str | None = None) -> Outside:
@@ -80,9 +79,8 @@ def read(path: Path, ema: str | None = None) -> Outside:
     tensors = found.tensors
     if all(name.startswith("model.") for name in tensors):
         tensors = {name.removeprefix("model."): w for name, w in tensors.items()}
-    out = tuple(name for name in tensors if LEFT_OUT.search(name))
-    kept = {name: w for name, w in tensors.items() if name not in out}
-    return replace(found, tensors=kept, left_out=out)
+    kept = {name: w for name, w in tensors.items() if not LEFT_OUT.search(name)}
+    return replace(found, tensors=kept)
 
 
 # --- state dicts and .safetensors ---

@@ -1,6 +1,6 @@
 """One run in one process: take its lock, train what is missing, measure what is missing.
 
-The fork server preloads this module, and with it torch; the launcher itself never imports it.
+The fork server preloads this module, and with it torch, which the launcher can do without.
 """
 
 from __future__ import annotations
