@@ -55,7 +55,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, default=30, metavar="N", help="updates timed (30)")
     p.add_argument("--workers", type=int, default=1, metavar="N",
                    help="also time N processes training at once")  # fmt: skip
-    p.add_argument("--no-measures", action="store_true", help="time training only")
+    p.add_argument("--steps-only", action="store_true",
+                   help="leave out measurements and the cost of determinism")  # fmt: skip
     p.add_argument("--results", type=Path, default=Path("results"), metavar="DIR",
                    help="DIR/STUDY/bench.json keeps the figures for study.run --plan")  # fmt: skip
     p.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE",
@@ -135,7 +136,7 @@ def bench(
         here = Site(study, device, Path(folder))
         for key, run in track(list(runs.items()), "timing", console=console):
             try:
-                rows[key] = timed(here, run, options.steps, not options.no_measures)
+                rows[key] = timed(here, run, options.steps, not options.steps_only)
             except torch.OutOfMemoryError:
                 why = worker.too_large(run, here.all, here.folders.__getitem__, here.dataset(run),
                                        device)  # fmt: skip
@@ -144,21 +145,23 @@ def bench(
         if not runs:
             raise StudyError(f"{options.study}: no step fits into this GPU's memory")
         first = next(iter(runs.values()))
-        ratio, spread = determinism(here, first, options.steps)
+        strict = None if options.steps_only else determinism(here, first, options.steps)
     names = {f"{r.recipe.name}-{r.recipe.cell}": rows[k] for k, r in runs.items()}
     console.print(table(names, ceilings))
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "one CPU thread"
     for precision, flops in ceilings.items():
         console.print(f"ceiling of {where} in {precision}: {flops / 1e12:.3g} TFLOP/s")
-    console.print(f"determinism: a step of {first.recipe.name} takes {ratio:.2f} times what it "
-                  "takes with kernels chosen by speed alone (two timings of one step differ by up "
-                  f"to {100 * spread:.0f} %)", highlight=False)  # fmt: skip
+    if strict:
+        ratio, spread = strict
+        console.print(f"determinism: a step of {first.recipe.name} takes {ratio:.2f} times what it "
+                      "takes with kernels chosen by speed alone (two timings of one step differ by "
+                      f"up to {100 * spread:.0f} %)", highlight=False)  # fmt: skip
     result = {
         "device": where,
         "torch": torch.__version__,
         "code": worker.CODE["code"],
         "ceilings": ceilings,
-        "determinism": {"of": first.recipe.name, "ratio": ratio, "spread": spread},
+        "determinism": strict and {"of": first.recipe.name, "ratio": ratio, "spread": spread},
         "steps": names,
         "recipes": kept(store, where) | recipes(study, rows),
     }

@@ -222,3 +222,14 @@ def test_a_gpu_that_torch_cannot_use_is_refused() -> None:
     with pytest.raises(StudyError, match="cuda:0: torch finds no GPU"):
         usable("cuda:0")
     assert usable("cpu") == torch.device("cpu")
+
+
+def test_steps_alone_are_told_as_such(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(write(tmp_path)), "--results", str(tmp_path / "results")]
+    assert main([*words, "--device", "cpu", "--steps", "1", "--steps-only"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "measurements of 6 runs not timed" in said and "determinism" not in said
+    assert command.main([*words, "--plan"]) == 0
+    assert "measuring comes on top" in " ".join(capsys.readouterr().out.split())
