@@ -17,6 +17,7 @@ import pytest
 import slurm
 from studies import TWO_MODES, content, read, replaced, write
 
+from study import cluster
 from study.cluster import FOLDER, Job, Queue, arrays, parameters
 from study.pinned import code
 from study.resolve import load
@@ -251,6 +252,27 @@ def test_a_requeued_job_does_not_try_failures_again() -> None:
     again = Job().checkpoint("small.yaml", [], "results", "cpu", True, ["a", "b"])
     assert again.args == ("small.yaml", [], "results", "cpu", False, ["a", "b"])
     assert isinstance(again.function, Job)
+
+
+def test_a_job_of_an_array_asks_about_itself_alone(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last job of an array has the array's own number, under which squeue lists them all."""
+    fake.program("squeue", """case "$*" in
+*--jobs=7\\ *) echo RUNNING; echo COMPLETING;;
+*--jobs=7_3\\ *) echo RUNNING;;
+*--jobs=9\\ *) echo COMPLETING;;
+*) exit 1;;
+esac
+""")
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert cluster._state() == "RUNNING"
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID")
+    monkeypatch.setenv("SLURM_JOB_ID", "9")
+    assert cluster._state() == "COMPLETING"
 
 
 def test_jobs_use_a_copy_of_code_and_study_file(tmp_path: Path, fake: Fake) -> None:
