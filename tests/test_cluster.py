@@ -25,6 +25,7 @@ from study.run import main
 from study.store import Folder, Store, read_json, read_lines, write_json
 
 ROOT = Path(__file__).parents[1]
+REQUEUES = "Calling checkpoint method"  # what submitit logs before it has a job requeued
 LONG = replaced("images: 1280", "images: 128000")  # some seconds a run
 
 
@@ -404,7 +405,7 @@ def test_a_storm_changes_no_bit(real: Path, tmp_path: Path) -> None:
     until(lambda: len(late.rows()) > 1)
     until(lambda: not slurm.asked("scontrol", "update", f"JobId={late.job}", "TimeLimit=240"))
     until(empty)
-    assert "Requeued job" in late.log() and "Requeued job" not in requeued.log()
+    assert REQUEUES in late.log() and REQUEUES not in requeued.log()
     for run in (requeued, late):
         assert [r.get("reason") for r in run.rows()] == [None, "stopped", None, "done"]
     assert [r.get("reason") for r in cancelled.rows()] == [None, "stopped"]
@@ -439,7 +440,7 @@ def test_two_studies_at_once_are_preempted_and_end_as_alone(real: Path, tmp_path
         until(lambda run=run: run.rows()[-1].get("reason") == "stopped")  # SIGCONT, then SIGTERM
     until(empty)
     for name, store in stores.items():  # within the time of grace, so nothing had to be killed
-        assert "Requeued job" in held[f"{name}/edm-s0"].log()
+        assert REQUEUES in held[f"{name}/edm-s0"].log()
         assert set(store.states().values()) == {"done"}
     found = content(tmp_path / "results", "other")
     found = {name.replace("-other-", "-small-"): value for name, value in found.items()}
