@@ -106,8 +106,8 @@ def _typed(text: str, kind: Any, where: str) -> Any:  # noqa: ANN401
 
 def limit() -> int | None:
     """How many jobs an array may have here; None where Slurm does not say."""
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _asked("scontrol", "show", "config") or "",
-                      re.MULTILINE)  # fmt: skip
+    told = _asked("scontrol", "show", "config") or ""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", told, re.MULTILINE)
     return max(1, int(found[1])) if found else None
 
 
@@ -263,8 +263,7 @@ def _show(console: Console, name: str, array: Array, values: dict[str, Any],
     text = slurm._make_sbatch_string(
         command="", folder=(store.path / FOLDER).absolute(), **values, **_after(array, {}),
         map_count=count if count > 1 else None)  # fmt: skip
-    plural = "s" * (count > 1)
-    lines = [f"{name}: {count} job{plural}"]
+    lines = [f"{name}: {count} job{'s' * (count > 1)}"]
     lines += [line for line in text.splitlines() if line.startswith(("#SBATCH", "export"))]
     lines += values["setup"][:-2]
     for i, job in enumerate(array.jobs):
@@ -309,12 +308,13 @@ def _send(todo: list[Array], values: dict[str, Any], home: Path, store: Store,
                       f"run{'s' * (runs > 1)}", highlight=False)  # fmt: skip
 
 
-def _running() -> bool:
-    """Whether Slurm takes this job for a running one, and not for cancelled or requeued."""
-    number = os.environ["SLURM_JOB_ID"]
-    return (_asked("squeue", "--noheader", f"--jobs={number}", "--format=%T") or "").split() == [
-        "RUNNING"
-    ]
+def _state() -> str:
+    """What Slurm takes this job for: RUNNING, or COMPLETING once it is cancelled or requeued."""
+    from submitit import JobEnvironment
+
+    # ARRAY_INDEX: the plain number of an array's last job means the whole array to squeue
+    told = _asked("squeue", "--noheader", f"--jobs={JobEnvironment().job_id}", "--format=%T")
+    return (told or "unknown").strip()
 
 
 class Job:
@@ -332,12 +332,13 @@ class Job:
                             retry)  # fmt: skip
         launcher.run(None, in_process=True)
         left = [r for r in runs if store.folders[r.id].state(r) in ("pending", "interrupted")]
-        if launcher.stopping and left and _running():
+        state = _state() if launcher.stopping and left else ""
+        if state == "RUNNING":
             signal.raise_signal(signal.SIGUSR2)  # submitit's handler, which requeues
         for run in left:
             missing = [label(study.unique[i]) for i in run.reads
                        if store.folders[i].trained is None]  # fmt: skip
-            why = f"not trained: {', '.join(missing)}" if missing else "Slurm ends this job"
+            why = f"not trained: {', '.join(missing)}" if missing else f"the job is {state}"
             print(f"left: {label(run)}: {why}; unless Slurm requeues it, give the same command "
                   "again", flush=True)  # fmt: skip
 

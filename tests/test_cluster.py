@@ -17,6 +17,7 @@ import pytest
 import slurm
 from studies import TWO_MODES, content, read, replaced, write
 
+from study import cluster
 from study.cluster import FOLDER, Job, Queue, arrays, parameters
 from study.pinned import code
 from study.resolve import load
@@ -24,6 +25,7 @@ from study.run import main
 from study.store import Folder, Store, read_json, read_lines, write_json
 
 ROOT = Path(__file__).parents[1]
+REQUEUES = "Calling checkpoint method"  # what submitit logs before it has a job requeued
 LONG = replaced("images: 1280", "images: 128000")  # some seconds a run
 
 
@@ -253,6 +255,27 @@ def test_a_requeued_job_does_not_try_failures_again() -> None:
     assert isinstance(again.function, Job)
 
 
+def test_a_job_of_an_array_asks_about_itself_alone(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last job of an array has the array's own number, under which squeue lists them all."""
+    fake.program("squeue", """case "$*" in
+*--jobs=7\\ *) echo RUNNING; echo COMPLETING;;
+*--jobs=7_3\\ *) echo RUNNING;;
+*--jobs=9\\ *) echo COMPLETING;;
+*) exit 1;;
+esac
+""")
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert cluster._state() == "RUNNING"
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID")
+    monkeypatch.setenv("SLURM_JOB_ID", "9")
+    assert cluster._state() == "COMPLETING"
+
+
 def test_jobs_use_a_copy_of_code_and_study_file(tmp_path: Path, fake: Fake) -> None:
     path = write(tmp_path)
     assert main(command(path)) == 3
@@ -382,7 +405,7 @@ def test_a_storm_changes_no_bit(real: Path, tmp_path: Path) -> None:
     until(lambda: len(late.rows()) > 1)
     until(lambda: not slurm.asked("scontrol", "update", f"JobId={late.job}", "TimeLimit=240"))
     until(empty)
-    assert "Requeued job" in late.log() and "Requeued job" not in requeued.log()
+    assert REQUEUES in late.log() and REQUEUES not in requeued.log()
     for run in (requeued, late):
         assert [r.get("reason") for r in run.rows()] == [None, "stopped", None, "done"]
     assert [r.get("reason") for r in cancelled.rows()] == [None, "stopped"]
@@ -417,7 +440,7 @@ def test_two_studies_at_once_are_preempted_and_end_as_alone(real: Path, tmp_path
         until(lambda run=run: run.rows()[-1].get("reason") == "stopped")  # SIGCONT, then SIGTERM
     until(empty)
     for name, store in stores.items():  # within the time of grace, so nothing had to be killed
-        assert "Requeued job" in held[f"{name}/edm-s0"].log()
+        assert REQUEUES in held[f"{name}/edm-s0"].log()
         assert set(store.states().values()) == {"done"}
     found = content(tmp_path / "results", "other")
     found = {name.replace("-other-", "-small-"): value for name, value in found.items()}
