@@ -9,7 +9,7 @@ import pandas as pd
 from analysis import stats, tables
 from analysis.load import Study
 from analysis.recipes import computed
-from analysis.words import interval, p_text, percent_text, several, signed
+from analysis.words import ONE_NETWORK, interval, p_text, percent_text, several, signed
 
 BULLETS = 8  # more in a cell stand in the table alone
 
@@ -91,6 +91,10 @@ def verdict(row: pd.Series) -> str:
             return "undecided: the two did not diverge equally often"
         case "undecided" if row.low > 0 and row.p_holm == row.p_holm:
             return f"undecided: Holm p = {p_text(row.p_holm)} over {row.family:.0f} comparisons"
+        case stats.ONE_NETWORK if ", " in row.shared:
+            return "no verdict, as each side is one network: the interval is of sampling only"
+        case stats.ONE_NETWORK:
+            return f"no verdict, as {row.shared} is {ONE_NETWORK}"
         case stats.SCREENING:
             return f"screening, no verdict below {stats.VERDICT_FROM} seeds"
         case other:
@@ -151,9 +155,10 @@ def _rows(table: pd.DataFrame, role: str) -> list[pd.Series]:
 
 
 def powers(study: Study, table: pd.DataFrame) -> list[str]:
-    """What more seeds would show: the power of the primary comparison, from six seeds on."""
+    """What more seeds would show: the power of the primary comparison, from six seeds on. Beside
+    one network they would show nothing."""
     texts = []
-    for _, row in table[table.role == "primary"].iterrows():
+    for _, row in table[(table.role == "primary") & (table.shared == "")].iterrows():
         margin = float(study.primaries[row.cell]["margin"])
         needed = stats.seeds_needed(tables.effect_of(row), margin)
         size = percent_text(margin) if stats.is_log(row.metric) else f"{margin:g}"

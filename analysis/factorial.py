@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analysis import stats, tables, words
+from analysis import shared, stats, tables, words
 from analysis.document import Block, Section, Table
 from analysis.load import Study
 from analysis.recipes import computed, differing, endless
@@ -156,6 +156,8 @@ def section(study: Study, frame: pd.DataFrame) -> list[Section]:
                      f"{row.teacher}, {row.noisy}; {row.exact}, {row.single}",
                      show(row.effect) if row.n else "–",
                      words.interval(row.low, row.high, log), str(row.n)))
+    notes = [f" {text}" for cell, rows in frame.groupby("cell", sort=False) if (
+        text := shared.owed(study, str(cell), np.unique(rows[list(COLUMNS[2:6])])))]
     points = dict.fromkeys(tables.described(tables.shown_endpoint(study, c))
                            for c in frame.cell.unique())
     block: Block = Table(
@@ -168,5 +170,5 @@ def section(study: Study, frame: pd.DataFrame) -> list[Section]:
             stats.is_log(m) for m in frame.metric) else "")
         + "The single sample minus the teacher is the sum of the first two"
         + (" (their ratios multiply)" if all(stats.is_log(m) for m in frame.metric) else "")
-        + ". Above 0 is worse. Described, not tested.")
+        + ". Above 0 is worse. Described, not tested." + "".join(notes))
     return [Section("Mean and noise", (block,))]

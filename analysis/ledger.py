@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from analysis import shared
 from analysis.load import Study
 from analysis.words import several
 
@@ -119,8 +120,9 @@ def environment(starts: pd.DataFrame, column: str) -> dict[str, int]:
 
 def standing(study: Study, mismatches: Iterable[Mismatch], cell: str,
              ids: Iterable[str] | None) -> str:
-    """What a caption owes its reader: how many planned runs it stands on (unless ids is None), and
-    what is unequal, uncommitted changes left out: these stand under the answer.
+    """What a caption owes its reader: how many planned runs it stands on and what network these
+    share over seeds (neither if ids is None), and what is unequal, uncommitted changes left out:
+    these stand under the answer.
     """
     rows = study.runs[(study.runs.cell == cell) & (study.runs.role == "variant")]
     fixed = rows[rows.objective == "fixed_point"]["id"]
@@ -132,6 +134,8 @@ def standing(study: Study, mismatches: Iterable[Mismatch], cell: str,
     if ids is not None:
         text = f"Stands on {len(planned & set(ids))} of {len(planned)} planned runs of {cell}"
         text += f" ({diverged} diverged and left out)." if diverged else "."
+        names = rows[rows["id"].isin(set(ids)) & (rows.same_as == "")]["name"]
+        text = f"{text} {shared.owed(study, cell, names)}".rstrip()
     shown = [m.sentence for m in mismatches if m.cell in ("", cell) and m.what != "dirty"]
     more = f" And {len(shown) - 3} more in the ledger audit." if len(shown) > 3 else ""
     return text + (f" It stands on a mismatch: {' '.join(shown[:3])}{more}" if shown else "")

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from analysis import tables
+from analysis import shared, tables
 from analysis.load import Study
 from analysis.style import GREY, Look
 
@@ -58,7 +58,8 @@ def stands_on(study: Study, cell: str, kind: str, rows: pd.DataFrame) -> str:
     measured, why = rows["file"].nunique(), lacking.why.value_counts()
     text = f"Stands on {measured} of {measured + len(lacking)} planned files"
     text += f" ({', '.join(f'{n} {w}' for w, n in why.items())})" if len(why) else ""
-    return f"{text}, at {', '.join(f'{100 * p:g} %' for p in sorted(points))} of the budget."
+    text += f", at {', '.join(f'{100 * p:g} %' for p in sorted(points))} of the budget. "
+    return (text + shared.owed(study, cell, rows.name)).rstrip()
 
 
 def over_seeds(rows: pd.DataFrame, by: str = "level") -> pd.DataFrame:

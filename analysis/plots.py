@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from analysis import instruments, oracle, probes, stats, tables, trajectories, words
+from analysis import instruments, oracle, probes, shared, stats, tables, trajectories, words
 from analysis.files import REPORTED, WITH_FLOOR
 from analysis.load import Study
 from analysis.recipes import computed
@@ -183,13 +183,15 @@ def curve(axes: Axes, study: Study, cell: str, endpoint: dict[str, Any], colours
     if rows.empty:
         return []
     rows = rows[rows.identity == rows.identity.mode()[0]]
-    log = stats.is_log(endpoint["metric"])
+    log, one = stats.is_log(endpoint["metric"]), shared.networks(study, cell)
     back = partial(stats.restore, endpoint["metric"])
     lines: dict[str, list[tuple[float, ...]]] = {n: [] for n in names}
     for _, group in rows.groupby("at"):
         g = group.assign(value=stats.transform(endpoint["metric"], group["value"].to_numpy()))
         wide = g.pivot(index="seed", columns="name", values="value")
-        half = stats.band(stats.layout(wide.to_numpy()))
+        own = ~wide.columns.isin(one)  # what all seeds share has no residual to be pooled
+        half = np.full(len(own), np.nan)
+        half[own] = stats.band(stats.layout(wide.loc[:, own].to_numpy()))
         x = group.groupby("name")["images_total"].mean()
         for j, name in enumerate(wide.columns):
             mean = float(wide[name].mean())
@@ -261,7 +263,8 @@ def _curves(study: Study, table: pd.DataFrame, cell: str,
                     "pooled over variants): variants whose bands do not overlap differ at the "
                     "95 % level. They need three seeds. Charged "
                     "images are those of sources counted against the variant's own budget; a "
-                    "dashed curve ends at another sum and is not matched."), ids
+                    "dashed curve ends at another sum and is not matched. "
+                    + words.seen(study, rows)).rstrip(), ids
 
 
 def _thousands(value: float, _: int) -> str:

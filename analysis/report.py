@@ -23,6 +23,7 @@ from analysis.document import Block, Figure, Items, Link, Section, Table, Text, 
 from analysis.files import WITH_FLOOR
 from analysis.load import Study
 from analysis.recipes import computed
+from analysis.shared import owed
 from analysis.style import capital
 from study.spec import StudyError
 
@@ -82,11 +83,13 @@ def build(folder: Path) -> Path:
 def _beside(study: Study, table: pd.DataFrame, squares: pd.DataFrame,
             mismatches: list[ledger.Mismatch]) -> list[Block]:
     """What stands under the answer: the comparisons that the study names, mean and noise, other
-    comparisons, what more seeds would show, and runs of uncommitted code.
+    comparisons, what more seeds would show, what all seeds share, and runs of uncommitted code.
     """
     items = (*answer.named(study, table), *factorial.sentences(study, squares),
              *answer.beside(study, table))
-    lines = [*answer.powers(study, table), *(m.sentence for m in mismatches if m.what == "dirty")]
+    common = [(c, owed(study, c, tables.variants(study, c))) for c in study.cells]
+    lines = [*answer.powers(study, table), *(study.prefix(c) + text for c, text in common if text),
+             *(m.sentence for m in mismatches if m.what == "dirty")]
     return [*([Items(items)] if items else []), *(Text(t) for t in lines)]
 
 
@@ -152,11 +155,15 @@ def _comparisons(study: Study, table: pd.DataFrame, mismatches: list[ledger.Mism
                  *((words.p_text(r.p_holm), words.p_text(r.sign_flip_p), r.verdict.split(":")[0])
                    if verdicts else ()), r.matched, r.matched_with_sources)
                 for r in rows.itertuples()]
-        ids = tables.select(study.measures[study.measures.cell == cell], endpoint)["id"]
+        measured = tables.select(study.measures[study.measures.cell == cell], endpoint)
         caption = [f"{cell}: {tables.described(endpoint)}. Effects above 0 mean worse than the "
                    "baseline" + ("; percent of a ratio of geometric means." if log else "."),
                    *([] if verdicts else ["Screening: effects and intervals, no verdicts."]),
-                   ledger.standing(study, mismatches, cell, ids)]
+                   ledger.standing(study, mismatches, cell, measured["id"])]
+        if rows.shared.any():
+            caption.append(f"No verdict on a side that is {words.ONE_NETWORK}.")
+        if endpoint["reference"] == "held_out":
+            caption.append(words.seen(study, measured))
         if verdicts:
             caption.append("Verdicts are on the claim that A, of A − B, is worse. Refuted: the "
                            "claim that A is worse is refuted: the 95 % upper bound lies below the "
@@ -173,7 +180,7 @@ def _comparisons(study: Study, table: pd.DataFrame, mismatches: list[ledger.Mism
         if len(whats) > 1:
             caption.append("Values of unlike identity stand in rows of their own: "
                            + "; ".join(whats) + ".")
-        blocks.append(Table(tuple(header), tuple(body), " ".join(caption),
+        blocks.append(Table(tuple(header), tuple(body), " ".join(filter(None, caption)),
                             tuple(i for i, r in enumerate(rows.role) if r == "primary")))
     blocks.append(Text(words.GLOSSARY))
     rest = int((table.role == "descriptive").sum())
@@ -187,26 +194,30 @@ def _comparisons(study: Study, table: pd.DataFrame, mismatches: list[ledger.Mism
 def _values(study: Study, mismatches: list[ledger.Mismatch]) -> list[Block]:
     blocks: list[Block] = []
     for cell in study.cells:
-        rows = study.measures[(study.measures.cell == cell) & (study.measures.role == "variant")]
+        every = study.measures[study.measures.cell == cell]
+        rows, sources = (every[every.role == role] for role in ("variant", "source"))
         standing = ledger.standing(study, mismatches, cell, rows["id"])
         frame = tables.summary(study, cell, "variant")
         if len(frame):
-            blocks.append(_value_table(study, frame, f"{cell}, variants", standing))
+            blocks.append(_value_table(study, frame, f"{cell}, variants", standing,
+                                       words.seen(study, rows)))
         frame = tables.summary(study, cell, "source")  # teachers and twins are measured unlike
         for _, part in frame.groupby(frame.notna().apply(tuple, axis=1) if len(frame) else []):
             part = part.dropna(axis=1, how="all")
-            blocks.append(_value_table(study, part, f"{cell}, sources", ""))
+            blocks.append(_value_table(study, part, f"{cell}, sources",
+                                       owed(study, cell, part.index),
+                                       words.seen(study, sources)))
     return blocks
 
 
-def _value_table(study: Study, frame: pd.DataFrame, what: str, standing: str) -> Table:
+def _value_table(study: Study, frame: pd.DataFrame, what: str, *notes: str) -> Table:
     body = tuple((name, *(words.value(v, len(study.seeds)) for v in row))
                  for name, row in zip(frame.index, frame.to_numpy(), strict=True))
     return Table(("name", *tables.headings(list(frame.columns))), body,
-                 f"{what} at their last point: "
-                 + ("mean over seeds (smallest to largest; n runs where a seed is missing)."
-                    if len(study.seeds) > 1 else "values of the one seed.")
-                 + f" {standing}".rstrip())
+                 " ".join(filter(None, (
+                     f"{what} at their last point:",
+                     "mean over seeds (smallest to largest; n runs where a seed is missing)."
+                     if len(study.seeds) > 1 else "values of the one seed.", *notes))))
 
 
 def _audit(study: Study, mismatches: list[ledger.Mismatch]) -> list[Block]:
@@ -285,7 +296,8 @@ def _trace(study: Study) -> list[Block]:
         blocks.append(Table(("seed", "variant", tables.title(endpoint["metric"], endpoint["nfe"]),
                              "real against real", "file"), tuple(body),
                             f"The primary comparison of {cell}, run by run."
-                            + f" {capital(words.NO_FLOOR)}." * lacking))
+                            + f" {capital(words.NO_FLOOR)}." * lacking
+                            + f" {words.seen(study, rows)}".rstrip()))
     return blocks
 
 

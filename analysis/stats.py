@@ -25,6 +25,7 @@ INTERVAL_FROM = 3
 VERDICT_FROM = 6
 SIGN_FLIP_UP_TO = 20  # 2^20 sign patterns; beyond that the t test is as good
 SCREENING = "screening: no verdict"
+ONE_NETWORK = "one network: no verdict"  # its values over seeds are not independent runs
 
 
 @dataclass(frozen=True)

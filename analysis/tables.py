@@ -8,7 +8,8 @@ primary's, the pair is oriented like the primary; elsewhere it is the later in t
 earlier. Charging moves images from a run's budget to its sources: the budget differs if own +
 charged images do, and where only the own images do, so does its split, a second factor that is
 borne only against the primary's two sides. Tested are the pairs on the primary's endpoint; all
-other endpoints (metric, NFE, point, EMA, reference) are described, without verdicts.
+other endpoints (metric, NFE, point, EMA, reference) are described, without verdicts. A side that
+is one network in all seeds (see analysis.shared) leaves an effect and its interval, and no test.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from analysis import stats
+from analysis import shared, stats
 from analysis.files import REPORTED
 from analysis.load import Study
 from analysis.recipes import SPLIT, along, computed, counterparts, differing
@@ -48,7 +49,7 @@ COMPARISON_COLUMNS = (
     "low", "high", "low_pooled", "high_pooled", "p", "p_holm", "sign_flip_p", "verdict", "matched",
     "matched_with_sources", "role", "mean_variant", "mean_baseline", "percent",
     "percent_low", "percent_high", "sd", "diverged_variant", "diverged_baseline",
-    "equal_variances_p", "family", "points", "identity")
+    "equal_variances_p", "family", "points", "identity", "shared")
 FAMILY = ("named", "secondary")  # Holm's
 
 
@@ -206,13 +207,14 @@ def comparisons(study: Study) -> pd.DataFrame:
         diverged = {(r.name, r.seed) for r in
                     runs[runs.outcome == "diverged"][["name", "seed"]].itertuples(index=False)}
         fixed = {r["name"] for r in study.recipes if r["cell"] == cell and computed(r)}
+        one = shared.networks(study, cell)
         groups = [(dict(zip(ENDPOINT, key[:-1], strict=True)), key[-1], group) for key, group
                   in frame.groupby([*ENDPOINT, "identity"], sort=False, dropna=False)]
         if endpoint and not len(select(frame, endpoint)):
             groups.insert(0, (endpoint, "", frame.iloc[:0]))
         for where, what, group in groups:
             rows += _group(made, ids, diverged, where | {"cell": cell, "identity": what}, group,
-                           fixed, tested=_same(where, endpoint))
+                           fixed, one, tested=_same(where, endpoint))
     table = pd.DataFrame(rows, columns=list(COMPARISON_COLUMNS))
     _judge(study, table)
     order = table.role.map({"primary": 0, "named": 1, "secondary": 2}).fillna(3)
@@ -225,10 +227,10 @@ def _same(a: dict[str, Any], b: dict[str, Any] | None) -> bool:
 
 
 def _group(made: list[Pair], ids: pd.DataFrame, diverged: set[tuple[str, int]],
-           where: dict[str, Any], group: pd.DataFrame, fixed: set[str], tested: bool
-           ) -> list[dict[str, Any]]:
-    """The comparisons of one cell at one endpoint and identity. Fixed points have no residual that
-    could be pooled."""
+           where: dict[str, Any], group: pd.DataFrame, fixed: set[str], one: set[str],
+           tested: bool) -> list[dict[str, Any]]:
+    """The comparisons of one cell at one endpoint and identity. Fixed points and what is one
+    network in all seeds have no residual that could be pooled, and the latter no p."""
     def wide(column: str) -> pd.DataFrame:
         return group.pivot(index="seed", columns="name", values=column).reindex(ids.index)
 
@@ -239,7 +241,7 @@ def _group(made: list[Pair], ids: pd.DataFrame, diverged: set[tuple[str, int]],
         g[i, [place[x] for x, s in diverged if s == seed and x in place]] = np.nan
     images = [wide(k).to_numpy(dtype=float) for k in ("images_total", "images_with_sources")]
     planned, gone = ids.notna(), Counter(x for x, _ in diverged)
-    trained = [j for j, n in enumerate(values.columns) if n not in fixed]
+    trained = [j for j, n in enumerate(values.columns) if n not in fixed | one]
     log, fit, rows = stats.is_log(where["metric"]), stats.layout(g[:, trained]), []
     for pair in made:
         a, b = pair.variant, pair.baseline
@@ -254,17 +256,18 @@ def _group(made: list[Pair], ids: pd.DataFrame, diverged: set[tuple[str, int]],
                               sides.mean(axis=0) if there.any() else np.full(2, np.nan))
         matched = [_equal(x[np.ix_(there, both)]) for x in images]
         counts = [gone.get(x, 0) for x in (a, b)]
-        e = stats.paired(d.tolist())
-        low, high = ((math.nan, math.nan) if {a, b} & fixed
+        e, alone = stats.paired(d.tolist()), [n for n in (a, b) if n in one]
+        low, high = ((math.nan, math.nan) if {a, b} & (fixed | one)
                      else stats.pooled_interval(e.effect, e.n, fit))
         rows.append(where | {
             "variant": a, "baseline": b, "differs": ", ".join(pair.differs), "n": e.n,
             "planned": int((planned[a] & planned[b]).sum()),
             "diverged": len({s for x, s in diverged if x in (a, b)}) if any(counts) else 0,
             "effect": e.effect, "low": e.low, "high": e.high, "low_pooled": low,
-            "high_pooled": high, "p": e.p, "p_holm": math.nan, "verdict": "",
-            "sign_flip_p": stats.sign_flip_p(d.tolist()), "matched": matched[0],
-            "matched_with_sources": matched[1],
+            "high_pooled": high, "p": math.nan if alone else e.p, "p_holm": math.nan,
+            "verdict": "", "shared": ", ".join(alone),
+            "sign_flip_p": math.nan if alone else stats.sign_flip_p(d.tolist()),
+            "matched": matched[0], "matched_with_sources": matched[1],
             "role": pair.role if tested else "descriptive", "sd": e.sd,
             "mean_variant": means[0], "mean_baseline": means[1],
             "diverged_variant": counts[0], "diverged_baseline": counts[1],
@@ -291,12 +294,12 @@ def effect_of(row: pd.Series) -> stats.Effect:
 
 def _judge(study: Study, table: pd.DataFrame) -> None:
     """Fills p_holm, family and verdict in place, for the rows that are tested."""
-    family = table.index[table.role.isin(FAMILY)]
+    family = table.index[table.role.isin(FAMILY) & (table.shared == "")]
     table.loc[family, "family"] = int(table.loc[family, "p"].notna().sum())
     table.loc[family, "p_holm"] = stats.holm(table.loc[family, "p"].tolist())
     for i in table.index[table.role != "descriptive"]:
         row = table.loc[i]
-        table.loc[i, "verdict"] = stats.verdict(
+        table.loc[i, "verdict"] = stats.ONE_NETWORK if row.shared else stats.verdict(
             effect_of(row), number(study.primaries[row.cell]["margin"]),
             (row.diverged_variant, row.diverged_baseline),
             None if row.role == "primary" else row.p_holm)

@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any
 
+import pandas as pd
 from matplotlib.ticker import EngFormatter
 
 from analysis import stats
@@ -27,6 +28,8 @@ KINDS = {"single_sample": "single sample (CT)", "teacher": "teacher {run} (CD)",
          "fixed_point": "fixed point, computed and not trained",
          "l2": "mean square", "l2_norm": "norm, not squared", "l1": "mean absolute difference",
          "log_uniform": "log-uniform"}
+ONE_NETWORK = "one network: the interval is of sampling and of the other side only"
+SEEN = "the extractor may have been trained on some of these held-out images"
 NO_FLOOR = "no floor: fewer images are held out than are compared"
 GLOSSARY = ("EMA: moving average of the weights, its length a share of training. NFE: network "
             "evaluations per sample. Block: the runs of one cell and seed, which differ only in "
@@ -161,6 +164,17 @@ def seconds(value: float) -> str:
 def several(n: float, what: str) -> str:
     """A number of things: "1 seed", "2 seeds", "2 mismatches"."""
     return f"{n:,.0f} {what}" + ("" if n == 1 else "es" if what.endswith("ch") else "s")
+
+
+def seen(study: Study, rows: pd.DataFrame) -> str:
+    """What a caption owes its reader of measured values that stand on the held-out images of a
+    folder, directly or in their floor, by an extractor of such data; "" where none do."""
+    folders = {r["cell"] for r in study.recipes
+               if (r["factors"].get("data") or {}).get("kind") == "images"}
+    rows = rows[rows.cell.isin(folders) & (rows.floor.notna() | (rows.reference == "held_out"))
+                & rows.identity.str.contains(r"\bextractor=[^,:]+-cnn\b")]
+    return (f"Read numbers against held-out images, and real against real, with care: {SEEN}."
+            if len(rows) else "")
 
 
 def value(entry: tuple[float, float, float, int] | None, seeds: int) -> str:

@@ -413,3 +413,77 @@ def test_uncommitted_changes_are_told_once_under_the_answer(tmp_path: Path) -> N
     assert text.count(sentence) == 2
     assert sentence in text.split("## Variants")[0] and "1 mismatch:" in text
     assert sentence in text.split("## Ledger audit")[1].split("##")[0]
+
+
+# --- one network in all seeds, and extractors that may know the held-out images ---
+
+OWN_SIDE = "one network: the interval is of sampling and of the other side only"
+
+
+def test_the_answer_about_one_network_is_no_verdict(tmp_path: Path) -> None:
+    as_is = {"init": {"kind": "weights", "weights": "ect.pkl"}, "budget": {"images": 0}}
+    folder = fake.write(tmp_path / "s", seeds=range(6), variants=FEW | {
+        "ect": fake.Made(as_is, 1.0)}, primary=fake.PRIMARY | {"variant": "ect"})
+    study = load.load(folder)
+    assert len(answer.powers(study, tables.comparisons(study))) == 1
+    for seed in range(6):
+        fake.edit(fake.folder_of(folder, "ect", seed) / "trained.json", init_digest="same")
+    text = report.build(folder).with_suffix(".md").read_text()
+    told = text.split("## Answer")[1].split("## Variants")[0]
+    assert re.search(r"6 seeds\): no verdict, as ect is " + OWN_SIDE + r"\. The two", told)
+    assert "chance of 80 %" not in told and "supported" not in told.split("- ")[0]
+    table = text.split("## Comparisons")[1].split("\n## ")[0]
+    assert f"No verdict on a side that is {OWN_SIDE}." in table
+    line = next(r for r in table.splitlines() if r.startswith("| **ect − cd"))
+    assert [c.strip(" *") for c in line.split("|")][-6:-3] == ["–", "–", "one network"]
+    values = text.split("at their last point:")[1].split("\n\n")[0]
+    assert "ect: one network in all seeds, whose values differ in sampling alone." in values
+
+
+@pytest.mark.parametrize(("changes", "end"), [
+    ({"shared": "a"}, f"no verdict, as a is {OWN_SIDE}."),
+    ({"shared": "a, b"}, "as each side is one network: the interval is of sampling only.")])
+def test_sentences_of_one_network(changes: dict, end: str) -> None:
+    row = pd.Series(ROW | {"verdict": "one network: no verdict"} | changes)
+    assert answer.sentence(row).endswith(end)
+
+
+def test_a_teacher_that_all_seeds_share_keeps_the_verdict_and_is_told(tmp_path: Path) -> None:
+    worse = {"ct": fake.Made(effect=0.5), "cd": fake.VARIANTS["cd"]}
+    folder = fake.write(tmp_path / "s", seeds=range(6), variants=worse)
+    told = ("edm, the teacher or first weights of cd, is shared by all seeds: no interval over "
+            "seeds covers its own variation.")
+    assert told not in report.build(folder).with_suffix(".md").read_text()
+    for seed in range(6):
+        file = fake.folder_of(folder, "edm", seed) / "trained.json"
+        spend = json.loads(file.read_text())["spend"]
+        fake.edit(file, init_digest="same", spend=spend | {"images": 0})
+    text = report.build(folder).with_suffix(".md").read_text()
+    assert "the claim that ct is worse is supported." in text
+    assert told in text.split("## Variants")[0]
+    for section in ("Comparisons", "Metric against budget"):  # a table and a figure each
+        assert text.split(f"## {section}")[1].split("\n## ")[0].count(told) == 2
+
+
+SEEN = "the extractor may have been trained on some of these held-out images."
+
+
+@pytest.mark.parametrize(("kind", "extractor", "captions"), [
+    ("images", "cifar10-cnn:9e8d7c6b", 4),  # values of variants and sources, curves, run by run
+    ("images", "inception-v3-compat:6726825d", 0), ("cifar10", "cifar10-cnn:9e8d7c6b", 0)])
+def test_held_out_images_that_an_extractor_may_know(tmp_path: Path, kind: str, extractor: str,
+                                                    captions: int) -> None:
+    data = {"data": {"kind": kind, "root": "cifar"}}
+    made = {n: fake.Made({**m.changes, **data}, m.effect, m.refs) for n, m in FEW.items()
+            if n != "self_pretrain"}
+    folder = fake.write(tmp_path / "s", seeds=[0], variants=made)
+    for file in folder.glob("runs/*/measures/*-fid-*"):
+        settings = json.loads(file.read_text())["settings"]
+        fake.edit(file, settings=settings | {"extractor": extractor})
+    text = report.build(folder).with_suffix(".md").read_text()
+    assert text.count(SEEN) == captions
+    plan = json.loads((folder / "study.json").read_text())
+    primary = plan["primary"]["digits"] | {"reference": "held_out"}
+    fake.edit(folder / "study.json", primary={"digits": primary})
+    table = report.build(folder).with_suffix(".md").read_text().split("## Comparisons")[1]
+    assert (SEEN in table.split("\n## ")[0]) == (captions > 0)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import ledger, load, tables
+from analysis import ledger, load, shared, stats, tables
 
 END = {"nfe": 1, "at": 1.0, "reference": "train", "metric": "fid"}
 
@@ -220,3 +220,79 @@ def test_a_source_trained_again_since_is_a_mismatch(tmp_path: Path) -> None:
     study = load.load(folder)
     assert study.strays == (student.name,)
     assert any(student.name in m.sentence for m in ledger.audit(study))
+
+
+# --- one network in all seeds ---
+
+OUTSIDE = {"kind": "weights", "weights": "models/ect.pkl"}
+AS_IS = {"init": OUTSIDE, "budget": {"images": 0}}
+WITH_ECT = {"ct": fake.Made(effect=0.5), "cd": fake.VARIANTS["cd"],
+            "cd_exact": fake.VARIANTS["cd_exact"], "ect": fake.Made(AS_IS, 1.0)}
+
+
+def share(folder: Path, name: str, seeds: range, **trained: object) -> None:
+    """Gives a name's runs the same first weights under every seed."""
+    for seed in seeds:
+        fake.edit(fake.folder_of(folder, name, seed) / "trained.json", init_digest="same",
+                  **trained)
+
+
+def test_one_network_measured_under_six_seeds_is_not_six_runs(tmp_path: Path) -> None:
+    folder = fake.write(tmp_path / "s", seeds=range(6), variants=WITH_ECT)
+    before = row_of(table_of(folder), "ect", "cd")  # as weights of six runs that differ
+    assert (before.verdict, before.shared) == ("supported", "")
+    assert before.p < 1e-3 and before.sign_flip_p == 2 / 2**6 and before.family == 3
+    share(folder, "ect", range(6))
+    study = load.load(folder)
+    assert shared.networks(study, "digits") == {"ect"}
+    table = tables.comparisons(study)
+    row = row_of(table, "ect", "cd")
+    assert (row.verdict, row.shared, row.n) == (stats.ONE_NETWORK, "ect", 6)
+    assert row[["p", "p_holm", "sign_flip_p", "family", "low_pooled"]].isna().all()
+    assert row[["effect", "low", "high"]].tolist() == before[["effect", "low", "high"]].tolist()
+    plan = json.loads((folder / "study.json").read_text())
+    plan["runs"] = [r for r in plan["runs"] if not r["folder"].startswith("ect-")]
+    plan["recipes"] = [r for r in plan["recipes"] if r["name"] != "ect"]  # the last of them
+    fake.write_json(folder / "study.json", plan)
+    without = table_of(folder)
+    others = table[(table.variant != "ect") & (table.baseline != "ect")]
+    pd.testing.assert_frame_equal(others.reset_index(drop=True), without)  # as if not there
+
+
+def test_weights_that_differ_between_seeds_are_runs(tmp_path: Path) -> None:
+    folder = fake.write(tmp_path / "s", seeds=range(6), variants=WITH_ECT)
+    share(folder, "ct", range(6))  # trained from the same weights, so six trainings
+    study = load.load(folder)
+    assert shared.networks(study, "digits") == set()
+    assert row_of(tables.comparisons(study), "ct", "cd").verdict == "supported"
+    share(folder, "ect", range(1))  # one seed of it is there
+    assert shared.networks(load.load(folder), "digits") == set()
+
+
+def test_what_runs_learn_or_start_from_is_followed_to_the_network_that_all_share(
+        tmp_path: Path) -> None:
+    window = {"kind": "windowed", "inside": {"kind": "single_sample"},
+              "outside": {"kind": "teacher", "run": "second"}, "t_low": 0.1, "t_high": 1.0}
+    made = {"ct": fake.Made(), "cd": fake.Made(fake.TEACHER), "warm": fake.Made({"init": OUTSIDE}),
+            "second": fake.Made(fake.TEACHER), "far": fake.Made({"score": window}),
+            "ect": fake.Made(AS_IS), "half": fake.Made({"init": {"kind": "run",
+                                                                 "run": "edm_half"}})}
+    folder = fake.write(tmp_path / "s", seeds=range(2), variants=made)
+    none = shared.below(load.load(folder), "digits")
+    assert not any(none.values())
+    spend = json.loads((fake.folder_of(folder, "edm", 0) / "trained.json").read_text())["spend"]
+    share(folder, "edm", range(2), spend=spend | {"images": 0})
+    for name in ("warm", "ect"):
+        share(folder, name, range(2))
+    study = load.load(folder)
+    assert shared.networks(study, "digits") == {"edm", "ect"}
+    below = shared.below(study, "digits")
+    assert {n: s for n, s in below.items() if s} == {
+        "cd": ["edm"], "second": ["edm"], "far": ["edm"], "warm": ["ect.pkl"]}
+    text = shared.owed(study, "digits", ["ct", "cd", "far", "warm", "ect", "cd"])
+    assert text == (
+        "ect: one network in all seeds, whose values differ in sampling alone. "
+        "edm, the teacher or first weights of cd, far, is shared by all seeds: no interval over "
+        "seeds covers its own variation. ect.pkl, the teacher or first weights of warm, is shared "
+        "by all seeds: no interval over seeds covers its own variation.")
+    assert shared.owed(study, "digits", ["ct", "half"]) == ""
