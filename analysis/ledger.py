@@ -82,7 +82,11 @@ def audit(study: Study) -> list[Mismatch]:
               for (column, cell, text), seeds in found.items()]
     strays = [Mismatch("inputs", "", f"{folder}: its source is not the one it learned from: the "
                        "source was trained again since.") for folder in study.strays]
-    return within + strays + _over_study(study.attempts)
+    files = [Mismatch("inputs", "", f"Runs began with different files called {name}: "
+                      + " against ".join(f"{digest[:8]} ({several(len(folders), 'run')})"
+                                         for digest, folders in digests.items()) + ".")
+             for name, digests in study.files.items() if len(digests) > 1]
+    return within + strays + files + _over_study(study.attempts)
 
 
 def _parts(parts: dict[Any, list[str]]) -> str:

@@ -71,6 +71,7 @@ class Study:
     missing: pd.DataFrame
     problems: tuple[str, ...]
     strays: tuple[str, ...]  # runs whose source is no longer the one that they learned from
+    files: dict[str, dict[str, list[str]]]  # folders by file of first weights and its SHA-256
 
     def prefix(self, cell: str) -> str:
         """What a sentence about one cell begins with: its name, where there are several."""
@@ -155,7 +156,7 @@ def load(folder: Path) -> Study:
         settings=settings,
         attempts=pd.DataFrame(attempts, columns=list(ATTEMPT_COLUMNS)),
         missing=pd.DataFrame(rows["missing"], columns=list(MISSING_COLUMNS)),
-        problems=tuple(problems), strays=tuple(_strays(plan, found)))
+        problems=tuple(problems), strays=tuple(_strays(plan, found)), files=_files(plan, found))
 
 
 @dataclass
@@ -185,6 +186,16 @@ def _strays(plan: dict[str, Any], found: dict[str, _Run]) -> Iterable[str]:
             now = (found[source].trained.get("sha256") or {}) if source in found else {}
             if now.get("snapshots/1.000.pt", digest) != digest:
                 yield entry["folder"]
+
+
+def _files(plan: dict[str, Any], found: dict[str, _Run]) -> dict[str, dict[str, list[str]]]:
+    """Folders of the runs that began with weights from a file, by its name and SHA-256."""
+    files: dict[str, dict[str, list[str]]] = {}
+    for entry in {e["id"]: e for e in plan["runs"]}.values():
+        for name, digest in (found[entry["id"]].trained.get("inputs") or {}).items():
+            if name not in found and "." in name:  # a file's name, and no run's id
+                files.setdefault(name, {}).setdefault(digest, []).append(entry["folder"])
+    return files
 
 
 def _plan(path: Path) -> dict[str, Any]:

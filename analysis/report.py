@@ -251,6 +251,8 @@ def _provenance(study: Study) -> list[Block]:
         f"{value} ({words.several(n, 'run')})" for value, n in
         ledger.environment(study.attempts, column).items()) or "no attempt recorded")
              for column, label in ledger.ENVIRONMENT]
+    lines += [f"first weights: {name}, SHA-256 {digest[:16]} ({words.several(len(runs), 'run')})"
+              for name, digests in study.files.items() for digest, runs in digests.items()]
     blocks: list[Block] = [Items(tuple(lines)),
                            *_identities(study)]
     if len(study.missing):

@@ -68,8 +68,8 @@ def check_inputs(run: Run, lookup: Lookup, dataset: Dataset) -> dict[str, str]:
     if own and own["inputs"] != inputs:
         changed = [k for k, name in names.items() if own["inputs"].get(name) != inputs.get(name)]
         raise StudyError(
-            f"{lookup(run.id).path}: trained from another {', '.join(changed)} than its source "
-            "now holds; bring the old source back, or remove this folder"
+            f"{lookup(run.id).path}: trained from another {', '.join(changed)} than is there now; "
+            "bring the old one back, or remove the folders of all runs that stand on it"
         )
     return inputs
 

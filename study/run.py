@@ -25,7 +25,7 @@ from study.places import present, weights_file
 from study.progress import Display, label, state_table
 from study.resolve import load
 from study.spec import Run, Study
-from study.store import Store
+from study.store import Store, sha256
 from study.subjects import Cifar10, FashionMnist, Images
 
 EXAMPLES = """examples:
@@ -147,10 +147,23 @@ def fetch_data(study: Study) -> None:
 
 
 def check_weights(store: Store, wanted: list[Run], thorough: bool) -> None:
-    """The files that runs to be trained begin with are there; thorough: and are what they say."""
-    untrained = [r for r in wanted if store.folders[r.id].trained is None]
-    for path in {p for r in untrained if (p := weights_file(r.recipe.factors))}:
-        present(path)
+    """The files that runs to be trained begin with are there, and are those that others of the
+    study began with; thorough: and are what they say."""
+    users: dict[Path, list[Run]] = {}
+    for run in store.study.unique.values():
+        if path := weights_file(run.recipe.factors):
+            users.setdefault(path, []).append(run)
+    for path, runs in users.items():
+        if all(store.folders[r.id].trained for r in runs if r in wanted) and not path.exists():
+            continue  # nothing begins with it any more
+        digest = sha256(present(path))
+        for run in runs:  # also of runs that are not wanted now: they are compared with these
+            trained = store.folders[run.id].trained
+            if trained and trained["inputs"].get(path.name, digest) != digest:
+                raise StudyError(
+                    f"init.weights: {path}: not the file that {label(run)} began with; bring that "
+                    "one back, or give this one another name"
+                )
         if thorough:
             from study import interop  # torch, which --plan and --status do without
 

@@ -22,7 +22,7 @@ import torch
 from studies import write
 from torch import Tensor, nn
 
-from study import interop
+from study import interop, worker
 from study.errors import StudyError
 from study.factors import Consistency, Denoising, Sigma
 from study.pickles import restricted
@@ -432,7 +432,9 @@ def test_a_teacher_from_a_file_is_the_teacher(trained: tuple[Path, Path], tmp_pa
     assert same(raw(other, "edm"), interop.read(file).tensors)
 
 
-def test_a_file_may_move_and_not_change(trained: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_file_may_move_and_not_change(
+    trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "one" / "edm.safetensors"
     file.parent.mkdir()
     file.write_bytes(trained[1].read_bytes())
@@ -458,10 +460,33 @@ def test_a_file_may_move_and_not_change(trained: tuple[Path, Path], tmp_path: Pa
     interop.write(moved, changed, *about)
     for measurement in (tmp_path / "results").glob("*/runs/edm-*/measures/*"):
         measurement.unlink()
-    assert run(path) == 1
-    (folder,) = (tmp_path / "results").glob("*/runs/edm-*")
-    reason = Folder(folder).reason()
-    assert f"trained from another {moved} than its source now holds" in reason
+    capsys.readouterr()
+    assert run(path) == 2
+    said = f"{moved}: not the file that edm-s0 began with; bring that one back"
+    assert said in " ".join(capsys.readouterr().err.split())
+    # nor does a worker that meets it, whoever started that
+    store = stored(path)
+    (teacher,) = (r for r in store.study.runs if r.recipe.name == "edm")
+    assert worker.work(teacher, store.study.unique, store.folders, "cpu") == worker.FAILED
+    assert f"trained from another {moved} than is there now" in store.folders[teacher.id].reason()
+
+
+def test_a_variant_added_later_begins_with_the_same_file(
+    trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else it would be compared with runs that began elsewhere."""
+    file = tmp_path / "edm.safetensors"
+    file.write_bytes(trained[1].read_bytes())
+    path = write(tmp_path, untrained(file))
+    assert run(path) == 0
+    weights = interop.read(file)
+    about = weights.network, weights.objective, Sigma(**weights.sigma), weights.shape, "float32"
+    interop.write(file, {k: w + 1 for k, w in weights.tensors.items()}, *about)
+    more = ["--set", "variants.late={score: single_sample, init: {run: edm}}"]
+    late = ["--set", f"variants.late={{score: single_sample, init: {{weights: {file}}}}}"]
+    assert run(path, *more, "--only", "late-*") == 2  # by way of its source
+    assert run(path, *late, "--only", "late-*") == 2 and run(path, *late, "--plan") == 2
+    assert "not the file that edm-s0 began with" in " ".join(capsys.readouterr().err.split())
 
 
 def test_files_are_looked_for_before_anything_is_trained(

@@ -211,6 +211,20 @@ def test_loading_scales(tmp_path: Path) -> None:
     assert seconds / len(study.runs) < 0.003
 
 
+def test_runs_that_began_with_different_files_of_one_name_are_a_mismatch(tmp_path: Path) -> None:
+    folder = fake.write(tmp_path / "study")
+    one, two = (fake.folder_of(folder, n, 1) for n in ("ct", "cd"))
+    for run in (one, two):
+        fake.edit(run / "trained.json", inputs={"edm.pkl": "a" * 64})
+    study = load.load(folder)
+    assert not [m for m in ledger.audit(study) if m.what == "inputs"]
+    fake.edit(two / "trained.json", inputs={"edm.pkl": "b" * 64})
+    study = load.load(folder)
+    assert study.files == {"edm.pkl": {"a" * 64: [one.name], "b" * 64: [two.name]}}
+    (told,) = (m for m in ledger.audit(study) if m.what == "inputs")
+    assert "different files called edm.pkl: aaaaaaaa (1 run) against bbbbbbbb (1" in told.sentence
+
+
 def test_a_source_trained_again_since_is_a_mismatch(tmp_path: Path) -> None:
     folder = fake.write(tmp_path / "study")
     assert not load.load(folder).strays
