@@ -97,7 +97,7 @@ def table(rows: Mapping[str, Mapping[str, Any]], ceilings: Mapping[str, float]) 
             f"{1000 * row['seconds_per_image'] * row['batch']:.3g}",
             f"{1 / row['seconds_per_image']:,.0f}", f"{speed / 1e12:.3g}", f"{100 * share:.0f} %",
             f"{row['peak_mebibytes']:,.0f}", f"{row['first_update_seconds']:.1f}",
-            f"{sum(row['measures'].values()):.1f}")  # fmt: skip
+            f"{sum(row['measures'].values()):.1f}" if row["measures"] else "-")  # fmt: skip
     return shown
 
 

@@ -26,7 +26,7 @@ def weights_file(factors: Factors) -> Path | None:
 def present(path: Path) -> Path:
     """The path. Raises StudyError where no file is there."""
     if not path.is_file():
-        raise StudyError(f"init.weights: {path}: no such file")
+        raise StudyError(f"init.weights: {path}: no such file (looked for in {Path.cwd()})")
     return path
 
 
