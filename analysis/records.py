@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ MEASURE_COLUMNS = ("name", "role", "cell", "seed", "id", "at", "images", "images
 SCORE_COLUMNS = ("name", "cell", "seed", "id", "at", "score", "sigma", *PER_SIGMA, "known",
                  "dimension", "t_star", "identity", "file")
 MAP_COLUMNS = ("name", "cell", "seed", "id", "at", "ema", "sigma", "rms", "identity", "file")
+LARGEST = sys.float_info.max
 INSTRUMENT_COLUMNS = ("kind", "name", "role", "cell", "seed", "id", "at", "nfe", "ema", "over",
                       "level", "quantity", "value", "se", "identity", "file")
 
@@ -27,7 +29,7 @@ INSTRUMENT_COLUMNS = ("kind", "name", "role", "cell", "seed", "id", "at", "nfe",
 def number(value: object) -> float:
     """A finite JSON number as float; nan for null, text and infinities: "not measured"."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else math.nan
+    return float(value) if is_number and abs(value) <= LARGEST else math.nan
 
 
 def numbers(values: object) -> list[float]:

@@ -36,6 +36,7 @@ from study.factors import (
     SingleSample,
     Windowed,
 )
+from study.limits import check_sample
 from study.meaning import deterministic, endless, ignored, misfit, plain_score, references
 from study.settings import IN_FEATURES, PROBES, Measure, filled, settings_of, snapshot_points
 from study.spec import Primary, Recipe
@@ -60,6 +61,8 @@ def check_recipe(
     network = factors.network
     kind = data.__struct_config__.tag
     score = None if "score" in ignored(factors) else factors.score
+    if isinstance(data, Mixture | FittedMixture):
+        check_sample(data, where)
     if isinstance(data, Mixture):
         check_mixture(data, where)
         if not isinstance(network, Mlp):

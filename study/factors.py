@@ -21,7 +21,7 @@ Width = Annotated[int, Meta(ge=1, le=65_536)]
 Steps = Annotated[int, Meta(ge=1, le=1_000_000)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 Decay = Annotated[float, Meta(ge=0, lt=1)]
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")]
 
 
 class Value(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -445,7 +445,7 @@ class Factors(Value, frozen=True):
     optimizer: Optimizer = Adam()
     batch: Annotated[int, Meta(ge=1, le=1_000_000)] = 128
     weights_ema: Annotated[
-        tuple[Annotated[float, Meta(ge=0.001, le=0.25)], ...], Meta(min_length=1)
+        tuple[Annotated[float, Meta(ge=0.001, le=0.25)], ...], Meta(min_length=1, max_length=16)
     ] = (0.05, 0.1)
     precision: Literal["float32", "bfloat16"] = "float32"
     sigma: Sigma = Sigma()

@@ -13,11 +13,12 @@ import time
 from collections import Counter
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import TypedDict
 
 from rich.console import Console
 
 from study.domains import check_extractors
-from study.errors import StudyError, nearest
+from study.errors import StudyError, nearest, printable
 from study.factors import Cifar10, FashionMnist, Images
 from study.launch import Launcher, devices
 from study.places import present, weights_file
@@ -27,6 +28,22 @@ from study.spec import Run, Study
 from study.store import Store, read_json
 
 BENCH = "bench.json"  # in results/STUDY: what study.bench found
+
+
+class Timed(TypedDict):
+    """What is read of a recipe's figures there."""
+
+    seconds_per_image: float
+    seconds_beside: float
+
+
+class Bench(TypedDict):
+    """What is read of the whole."""
+
+    device: str
+    recipes: dict[str, Timed]
+
+
 EXAMPLES = """examples:
   python -m study.run sweeps/grid.yaml                    train and measure what is missing
   python -m study.run sweeps/grid.yaml --plan             say what that would be, and do nothing
@@ -153,7 +170,7 @@ def forecast(store: Store, new: list[Run]) -> str | None:
             speed = trained["spend"]["seconds"] / trained["spend"]["images"]
             for key in ((run.recipe.cell, run.recipe.name), (run.recipe.cell,)):
                 speeds.setdefault(key, []).append(speed)
-    bench = read_json(store.path / BENCH) or {"recipes": {}}
+    bench = read_json(store.path / BENCH, Bench) or {"device": "", "recipes": {}}
     seconds = beside = 0.0
     timed = 0
     for run in new:
@@ -192,9 +209,9 @@ def show_plan(console: Console, store: Store, wanted: list[Run]) -> None:
         highlight=False,
     )
     if new and (expected := forecast(store, new)):
-        console.print(expected, highlight=False)
+        console.print(printable(expected), highlight=False, markup=False)
     for path in store.orphans:
-        console.print(f"  not asked for: {path}", highlight=False)
+        console.print(f"  not asked for: {printable(str(path))}", highlight=False, markup=False)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -242,16 +259,19 @@ def summary(console: Console, store: Store, wanted: list[Run]) -> int:
         folder = store.folders[run.id]
         if states[run.id] == "failed":
             console.print(
-                f"failed: {label(run)}: {folder.reason()}\n  log: {folder.file('log.txt')}\n"
+                f"failed: {label(run)}: {printable(folder.reason())}\n"
+                f"  log: {folder.file('log.txt')}\n"
                 "  --retry tries it again",
                 highlight=False,
                 markup=False,
                 soft_wrap=True,
             )
         elif (folder.trained or {}).get("outcome") == "diverged":
-            console.print(f"diverged: {label(run)}: {folder.trained['reason']}", highlight=False)
+            why = printable(str(folder.trained["reason"]))
+            console.print(f"diverged: {label(run)}: {why}", highlight=False, markup=False)
         elif run.id in blocked:
-            console.print(f"blocked: {label(run)}: {blocked[run.id]}", highlight=False)
+            why = printable(blocked[run.id])
+            console.print(f"blocked: {label(run)}: {why}", highlight=False, markup=False)
     console.print(
         f"report: python analysis/report.py {store.path}  ->  "
         f"{store.path / 'report' / 'report.html'}",

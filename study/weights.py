@@ -70,7 +70,7 @@ def snapshot_at(folder: Folder, at: float) -> dict[str, Any]:
     path = folder.file(snapshot_name(at))
     if not path.exists():
         raise StudyError(f"{path}: gone; without weights nothing can be re-measured or built on")
-    if sha256(path) != folder.trained["sha256"][snapshot_name(at)]:
+    if sha256(path) != folder.digest(snapshot_name(at)):
         raise StudyError(f"{path}: not the file that training wrote (its SHA-256 has changed)")
     return load_tensors(path)
 

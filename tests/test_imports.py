@@ -9,8 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TORCH_FREE = ("errors", "factors", "meaning", "identity", "layers", "settings", "spec", "domains",
-              "checks", "resolve", "store", "seeds", "budget", "launch", "entry", "progress",
-              "places", "run", "sample")  # fmt: skip
+              "checks", "resolve", "bounded", "limits", "store", "seeds", "budget", "launch",
+              "entry", "progress", "places", "run", "sample")  # fmt: skip
 HEAVY = {"torch", "torchvision", "torch_fidelity", "sklearn"}
 
 
@@ -56,7 +56,7 @@ def test_analysis_reads_folders_and_nothing_else() -> None:
         found = imports(path, True)
         assert not {m.split(".")[0] for m in found} & HEAVY, path
         ours = {m for m in found if m.startswith("study")}
-        assert ours <= {"study.spec", "study.store", "study.errors"}, path
+        assert ours <= {"study.spec", "study.store", "study.bounded", "study.errors"}, path
 
 
 def test_help_and_plan_load_no_torch() -> None:
