@@ -5,7 +5,7 @@ Keys that the analysis does not look into are free.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, Required, TypedDict
 
 from msgspec import Meta
 
@@ -33,10 +33,16 @@ PER_SIGMA = ("variance", "variance_se", "bias2", "bias2_se", "distance2", "dista
              "held_out_loss", "held_out_loss_se", "posterior_variance", "effective_samples")
 
 
+class Budget(TypedDict):
+    """A recipe's own images."""
+
+    images: Annotated[int, Meta(ge=0, le=10**15)]
+
+
 class Factors(TypedDict, total=False):
     """The factors that the analysis looks into."""
 
-    budget: dict[str, Any]
+    budget: Required[Budget]
     objective: dict[str, Any]
     score: dict[str, Any]
     init: dict[str, Any]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
+import zipfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,15 @@ def decoded(data: bytes, shape: Any, where: str) -> Any:  # noqa: ANN401 - JSON 
     except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         raise StudyError(f"{where}: cannot be read: {error}") from None
     return value
+
+
+def packed(path: Path) -> bool:
+    """Whether the file is a zip archive that says it comes to more bytes than it has. Raises
+    whatever a torn archive leads to."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return sum(part.file_size for part in archive.infolist()) > path.stat().st_size
 
 
 def inside(path: Path, root: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from study import evaluate, seeds
+from study.bounded import packed as packed_up
 from study.data import Dataset, to_uint8
 from study.errors import StudyError
 from study.evaluate import Statistics
@@ -108,6 +109,8 @@ def packed(found: Statistics) -> bytes:
 def unpacked(path: Path) -> Statistics | None:
     """Statistics, or None where the file is missing, torn (it has a checksum) or not ours."""
     try:
+        if packed_up(path):
+            return None
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             mu, sigma = arrays["mu"], arrays["sigma"]
     except Exception:  # whatever a torn file leads the reader to
