@@ -21,9 +21,9 @@ from study.factors import (
     Heun,
     Own,
     Score,
-    Value,
     Windowed,
 )
+from study.values import Value
 
 BACKWARD = 2  # forwards that a backward pass is worth
 TANGENT = 2  # of which one is the target itself

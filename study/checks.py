@@ -20,14 +20,11 @@ from study.factors import (
     EctMapping,
     Empirical,
     Factors,
-    FittedMixture,
     FixedPoint,
     FromRun,
     Frozen,
     Heun,
     KSample,
-    Mixture,
-    Mlp,
     Own,
     PosteriorK,
     Progressive,
@@ -38,8 +35,10 @@ from study.factors import (
 )
 from study.limits import check_sample
 from study.meaning import deterministic, endless, ignored, misfit, plain_score, references
-from study.settings import IN_FEATURES, PROBES, Measure, filled, settings_of, snapshot_points
+from study.metrics import Measure
+from study.settings import IN_FEATURES, PROBES, filled, settings_of, snapshot_points
 from study.spec import Primary, Recipe
+from study.subjects import FittedMixture, Mixture, Mlp
 
 NEEDS = {
     "fid": "images",

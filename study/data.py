@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from study import factors, seeds
+from study import seeds, subjects
 from study.lowrank import LowRankMixture
 from study.mixtures import Density, GaussianMixture
 
@@ -97,32 +97,32 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def load(data: factors.Data) -> Dataset:
+def load(data: subjects.Data) -> Dataset:
     """The data set on the CPU. Raises StudyError for a missing or broken file."""
     match data:
-        case factors.Digits():
+        case subjects.Digits():
             from study.extractors.digits import split
 
             parts = split()
             return _images(parts["train"][0], parts["held_out"][0])
-        case factors.FashionMnist(root=root):
+        case subjects.FashionMnist(root=root):
             from study.extractors import fashion_mnist
 
             parts = fashion_mnist.split(None if root is None else Path(root))
             return _images(parts["train"][0], parts["held_out"][0])
-        case factors.Cifar10(root=root):
+        case subjects.Cifar10(root=root):
             from study.extractors import cifar10
 
             parts = cifar10.split(None if root is None else Path(root))
             return _images(parts["train"][0], parts["held_out"][0])
-        case factors.Images(root=root, held_out=held_out):
+        case subjects.Images(root=root, held_out=held_out):
             from study import folder
 
             parts = folder.load(Path(root), held_out)
             return _images(parts["train"][0], parts["held_out"][0])
-        case factors.Mixture():
+        case subjects.Mixture():
             return _mixture(data)
-        case factors.FittedMixture():
+        case subjects.FittedMixture():
             from study import fitted
 
             density = fitted.density(load(data.of), data.components, data.rank)
@@ -142,7 +142,7 @@ def _images(train: np.ndarray, held_out: np.ndarray) -> Dataset:
     return Dataset(x, y, tuple(x.shape[1:]), float(to_float(x).double().std()), _digest(x, y))
 
 
-def _mixture(data: factors.Mixture) -> Dataset:
+def _mixture(data: subjects.Mixture) -> Dataset:
     """A Gaussian mixture of vectors."""
     modes = len(data.means)
     std = data.std if isinstance(data.std, tuple) else (data.std,) * modes
@@ -151,7 +151,7 @@ def _mixture(data: factors.Mixture) -> Dataset:
 
 
 def _population(
-    data: factors.Mixture | factors.FittedMixture, density: Density, shape: tuple[int, ...]
+    data: subjects.Mixture | subjects.FittedMixture, density: Density, shape: tuple[int, ...]
 ) -> Dataset:
     """A finite sample of the density or its endless draws; the same for every seed of a study."""
 

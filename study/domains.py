@@ -6,8 +6,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from study.errors import StudyError
-from study.factors import Data, Factors, FittedMixture, Images, Mixture
-from study.settings import IN_FEATURES, Measure
+from study.factors import Factors
+from study.metrics import Measure
+from study.settings import IN_FEATURES
+from study.subjects import Data, FittedMixture, Images, Mixture
 
 # images of each data set's smaller part, and of the part that is trained on
 HELD_OUT = {"digits": 400, "fashion_mnist": 10_000, "cifar10": 5_000}

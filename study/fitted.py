@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from study import factors
+from study import subjects
 from study.data import Dataset, load, to_float, to_uint8
 from study.errors import StudyError
 from study.folder import kept
@@ -174,14 +174,14 @@ def main(words: Sequence[str] | None = None) -> int:
     """The command: prints log-likelihoods and writes the picture. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m study.fitted", description=main.__doc__)
     parser.add_argument("of", choices=["digits", "fashion_mnist"])
-    defaults = factors.FittedMixture(of=factors.Digits())
+    defaults = subjects.FittedMixture(of=subjects.Digits())
     parser.add_argument("--components", type=int, default=defaults.components)
     parser.add_argument("--rank", type=int, default=defaults.rank)
     parser.add_argument("--root", help="folder with Fashion-MNIST's files")
     parser.add_argument("--png", type=Path, help="default: fitted-DATA.png")
     given = parser.parse_args(words)
     try:
-        of = factors.Digits() if given.of == "digits" else factors.FashionMnist(root=given.root)
+        of = subjects.Digits() if given.of == "digits" else subjects.FashionMnist(root=given.root)
         real = load(of)
         start = time.perf_counter()
         mixture = density(real, given.components, given.rank)

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from study.domains import CHANNELS, SIDE
 from study.errors import StudyError
-from study.factors import FittedMixture, Mixture
 from study.settings import settings_of
 from study.spec import Recipe
+from study.subjects import FittedMixture, Mixture
 
 MOST_RUNS = 20_000
 MOST_MEASUREMENTS = 1_000_000

@@ -10,28 +10,23 @@ from study.factors import (
     Blend,
     Consistency,
     Continuous,
-    Data,
-    DdpmPP,
     Denoising,
     DenoisingHead,
     Ema,
     Empirical,
     Euler,
     Factors,
-    FittedMixture,
     FixedPoint,
     Frozen,
     KSample,
-    Mixture,
-    Network,
     PosteriorK,
     Score,
     SingleSample,
     Stopgrad,
     Teacher,
-    Unet,
     Windowed,
 )
+from study.subjects import Data, DdpmPP, FittedMixture, Mixture, Network, Unet
 
 
 def deterministic(score: Score) -> bool:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from study import factors, seeds
+from study import seeds, subjects
 from study.ddpmpp import DdpmPP
 from study.errors import StudyError
 from study.meaning import misfit
@@ -148,7 +148,7 @@ class Unet(Network):
 
 
 def build(
-    network: factors.Network,
+    network: subjects.Network,
     shape: tuple[int, ...],
     drop: float,
     seed: int,
@@ -166,18 +166,18 @@ def build(
 
 
 def made(
-    network: factors.Network, shape: tuple[int, ...], drop: float, precision: str, head: bool
+    network: subjects.Network, shape: tuple[int, ...], drop: float, precision: str, head: bool
 ) -> Network:
     """The network with whatever weights torch gives it; on torch's device `meta` with none, so
     that their shapes are known at no expense. Raises StudyError as `build`."""
     if len(shape) == 3 and (why := misfit(network, shape[-1])):
         raise StudyError(f"network: {why}")
     match network:
-        case factors.Mlp(width=width, depth=depth):
+        case subjects.Mlp(width=width, depth=depth):
             return Mlp(shape, width, depth, drop, precision, head)
-        case factors.Unet(width=width, levels=levels, blocks=blocks, patch=patch):
+        case subjects.Unet(width=width, levels=levels, blocks=blocks, patch=patch):
             return Unet(shape, width, levels, blocks, patch, drop, precision, head)
-        case factors.DdpmPP(width=width, mult=mult, blocks=blocks, attention=attention):
+        case subjects.DdpmPP(width=width, mult=mult, blocks=blocks, attention=attention):
             return DdpmPP(shape, width, mult, blocks, attention, drop, precision, head)
         case _:
             assert_never(network)

@@ -11,9 +11,10 @@ from os.path import abspath
 from pathlib import Path
 
 from study.errors import StudyError
-from study.factors import Factors, FromWeights, Images
+from study.factors import Factors, FromWeights
 from study.meaning import ignored
 from study.spec import Recipe
+from study.subjects import Images
 
 
 def weights_file(factors: Factors) -> Path | None:

@@ -18,8 +18,9 @@ from study.identity import run_id
 from study.layers import Layered, mapping, overlap, overlay, read_file, read_yaml
 from study.limits import MOST_ABOVE, check_measurements, check_runs
 from study.meaning import references, simplest
+from study.metrics import Measure
 from study.places import check_places
-from study.settings import Measure, Settings, score_settings, settings_of
+from study.settings import Settings, score_settings, settings_of
 from study.spec import Primary, Recipe, Run, Study, check_rounding, compared
 
 PRESETS = Path(__file__).with_name("presets.yaml")

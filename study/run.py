@@ -19,13 +19,13 @@ from rich.console import Console
 
 from study.domains import check_extractors
 from study.errors import StudyError, nearest, printable
-from study.factors import Cifar10, FashionMnist, Images
 from study.launch import Launcher, devices
 from study.places import present, weights_file
 from study.progress import Display, label, state_table
 from study.resolve import load
 from study.spec import Run, Study
 from study.store import Store, read_json
+from study.subjects import Cifar10, FashionMnist, Images
 
 BENCH = "bench.json"  # in results/STUDY: what study.bench found
 
@@ -186,9 +186,9 @@ def forecast(store: Store, new: list[Run]) -> str | None:
         beside += row["seconds_beside"] if row else 0.0
     finished = sum(len(s) for key, s in speeds.items() if len(key) == 1)
     stands = [f"the speed of {finished} finished runs"] * bool(finished)
-    stands += [f"study.bench on {bench['device']}"] * bool(timed)
+    stands += [f"study.bench on {bench.get('device')}"] * bool(timed)
     then = (
-        f"measuring them {beside / 60:.1f}" if beside else "measuring comes on top"
+        f"measuring them {beside / 60:.1f} more" if beside else "measuring comes on top"
     )
     return (f"training them takes about {seconds / 60:.1f} minutes of one worker by "
             f"{' and '.join(stands)}, {then}")  # fmt: skip

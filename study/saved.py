@@ -12,16 +12,17 @@ import msgspec
 import torch
 from torch import Tensor
 
-from study import data, factors, interop, networks
+from study import data, interop, networks, subjects
 from study.consistency import Function
 from study.errors import StudyError, nearest
 from study.evaluate import CHUNK
-from study.factors import Denoising, Factors, FittedMixture, Mixture, Objective, Sigma
+from study.factors import Denoising, Factors, Objective, Sigma
 from study.identity import SCHEMA
 from study.limits import check_sample
 from study.mixtures import Density
 from study.models import function_of
 from study.store import Folder, read_json
+from study.subjects import FittedMixture, Mixture
 from study.weights import snapshot_at
 
 MOST = 1024  # pixels a side, or numbers of a vector
@@ -41,7 +42,7 @@ class Saved:
 
     where: Path
     weights: Mapping[str, Tensor]
-    network: factors.Network
+    network: subjects.Network
     objective: Objective
     sigma: Sigma
     shape: tuple[int, ...]
@@ -145,7 +146,7 @@ def _from_file(path: Path, ema: str | None) -> Saved:
         return Saved(
             path,
             outside.tensors,
-            msgspec.convert(outside.network, factors.Network),
+            msgspec.convert(outside.network, subjects.Network),
             msgspec.convert({"kind": outside.objective}, Objective),
             msgspec.convert(levels, Sigma),
             outside.shape,

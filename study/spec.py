@@ -16,9 +16,11 @@ import msgspec
 from msgspec import Meta
 
 from study.errors import StudyError, nearest
-from study.factors import Factors, Share, Value
+from study.factors import Factors
 from study.meaning import ignored
-from study.settings import Measure, Settings, applies
+from study.metrics import Measure
+from study.settings import Settings, applies
+from study.values import Share, Value
 
 
 class Primary(Value, frozen=True):

@@ -22,7 +22,6 @@ import torch
 
 from study import data, reference
 from study.errors import StudyError
-from study.factors import Data
 from study.identity import SCHEMA, complete
 from study.launch import BUSY, STOP_SIGNALS, STOPPED
 from study.measure import measure
@@ -30,6 +29,7 @@ from study.models import Lookup, check_inputs
 from study.spec import Run
 from study.store import Folder, append_line, now
 from study.student import batch_that_fits
+from study.subjects import Data
 from study.train import set_up, train
 
 DONE, FAILED = 0, 1

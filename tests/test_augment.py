@@ -16,10 +16,11 @@ from analysis.load import load as load_results
 from study import data, probes, reference, run
 from study.data import Dataset, Draws, to_float
 from study.errors import StudyError
-from study.factors import Digits, Empirical, KSample, Sigma, SingleSample
+from study.factors import Empirical, KSample, Sigma, SingleSample
 from study.posterior import law_of
 from study.resolve import load
 from study.scores import Knowledge, Point, estimate
+from study.subjects import Digits
 
 N = 300
 CUTS = [7, 64, 128, 511, 512, 513, 1000, 1280]

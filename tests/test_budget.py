@@ -24,21 +24,18 @@ from study.factors import (
     Frozen,
     Heun,
     KSample,
-    Mixture,
-    Mlp,
-    Network,
     Own,
     PosteriorK,
     Sigma,
     SingleSample,
     Teacher,
-    Unet,
     Windowed,
 )
 from study.losses import Problem
 from study.meaning import has_head
 from study.posterior import Posterior
 from study.scores import Knowledge
+from study.subjects import Mixture, Mlp, Network, Unet
 
 HEAD, TAUGHT = DenoisingHead(), DenoisingHead(labels=FromRun(run="a"))
 A, B = Teacher(run="a"), Teacher(run="b")

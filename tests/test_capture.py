@@ -11,20 +11,10 @@ from torch import Tensor, nn
 from study import networks
 from study.capture import Captured, compiled, gradient, in_rows
 from study.data import Batch, Draws, load
-from study.factors import (
-    Analytic,
-    Budget,
-    Denoising,
-    Ema,
-    Factors,
-    Heun,
-    Mixture,
-    Mlp,
-    Sigma,
-    UniformGrid,
-)
+from study.factors import Analytic, Budget, Denoising, Ema, Factors, Heun, Sigma, UniformGrid
 from study.losses import Problem
 from study.scores import Knowledge
+from study.subjects import Mixture, Mlp
 
 MIXTURE = Mixture(means=((-1.0, 0.0), (1.0, 0.5)), std=0.2)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

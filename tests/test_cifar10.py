@@ -20,9 +20,9 @@ import torch
 from study import cifar10, data, fetch, folder, run
 from study.errors import StudyError
 from study.extractors import cifar10 as parts_of
-from study.factors import Cifar10
 from study.pickles import restricted
 from study.resolve import load as load_study
+from study.subjects import Cifar10
 
 COUNT = {name: 20 for name in cifar10.BATCHES}
 

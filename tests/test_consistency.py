@@ -29,19 +29,17 @@ from study.factors import (
     Heun,
     InverseStep,
     L2Norm,
-    Mixture,
-    Mlp,
     PseudoHuber,
     Sigma,
     SingleSample,
     Solver,
     Teacher,
-    Unet,
     Uniform,
 )
 from study.losses import Problem
 from study.mixtures import GaussianMixture
 from study.scores import Knowledge
+from study.subjects import Mixture, Mlp, Unet
 
 SIGMA = Sigma(data=0.5)
 GAUSS = GaussianMixture.from_lists([[0.0]], [0.5], [1.0], torch.float64)

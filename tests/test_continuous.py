@@ -20,15 +20,10 @@ from study.factors import (
     Budget,
     Consistency,
     Continuous,
-    DdpmPP,
     Factors,
-    Mixture,
-    Mlp,
-    Network,
     Sigma,
     SingleSample,
     Teacher,
-    Unet,
     Uniform,
 )
 from study.losses import Problem
@@ -37,6 +32,7 @@ from study.models import finished
 from study.probes import map_error
 from study.scores import Knowledge
 from study.store import Store
+from study.subjects import DdpmPP, Mixture, Mlp, Network, Unet
 
 KEY, DRAW = torch.tensor(77), torch.tensor(78)
 SIGMA = Sigma(data=0.5)

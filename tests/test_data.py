@@ -9,7 +9,7 @@ from torch import Tensor
 
 from study import data
 from study.data import Dataset, Draws, to_float, to_uint8
-from study.factors import Digits, Mixture
+from study.subjects import Digits, Mixture
 
 N = 300  # images of the numbered data set: epochs end inside batches and inside blocks
 MIXTURE = Mixture(means=((-1.0, 0.0), (1.0, 0.5)), std=0.2)

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from study import ddpmpp, factors
+from study import ddpmpp, factors, subjects
 from study.errors import StudyError
 from study.meaning import simplest
 from study.networks import build
 from study.noise import dropout
 from study.parts import doubled
 
-SMALL = factors.DdpmPP(width=8, mult=(1, 2, 2), blocks=2, attention=(4,))
-FEW = factors.DdpmPP(width=8, mult=(1, 2), blocks=1, attention=(4,))
+SMALL = subjects.DdpmPP(width=8, mult=(1, 2, 2), blocks=2, attention=(4,))
+FEW = subjects.DdpmPP(width=8, mult=(1, 2), blocks=1, attention=(4,))
 SHAPE = (3, 8, 8)
 
 # EDM's network for 32 x 32 by its description: block, channels in and out; a: attention, s: a
@@ -105,7 +105,7 @@ def filled(net: nn.Module) -> nn.Module:
     return net
 
 
-def made(kind: factors.DdpmPP = SMALL, drop: float = 0.0, **more: object) -> nn.Module:
+def made(kind: subjects.DdpmPP = SMALL, drop: float = 0.0, **more: object) -> nn.Module:
     return filled(build(kind, SHAPE, drop, 0, "student", **more))
 
 
@@ -120,7 +120,7 @@ def inputs(n: int = 2) -> tuple[Tensor, Tensor]:
 
 
 def test_names_and_shapes_are_those_of_edms_cifar10_network() -> None:
-    state = build(factors.DdpmPP(), (3, 32, 32), 0.0, 0, "student").state_dict()
+    state = build(subjects.DdpmPP(), (3, 32, 32), 0.0, 0, "student").state_dict()
     assert {name: tuple(w.shape) for name, w in state.items()} == table()
     assert sum(w.numel() for w in state.values()) == 55_732_739
 
@@ -136,7 +136,7 @@ def test_cifar10_forward_costs_its_convolutions() -> None:
         expected += 2 * math.prod(shape) * rows
         if "qkv" in name:
             expected += 4 * side**4 * shape[1]
-    net = build(factors.DdpmPP(), (3, 32, 32), 0.0, 0, "student")
+    net = build(subjects.DdpmPP(), (3, 32, 32), 0.0, 0, "student")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(torch.zeros(1, 3, 32, 32), torch.zeros(1))
     assert counter.get_total_flops() == expected
@@ -177,7 +177,7 @@ def test_resampling_is_edms_filter(size: int) -> None:
 
 
 def test_initial_weights_are_edms() -> None:
-    kind = factors.DdpmPP(width=32, mult=(1, 2), blocks=1, attention=(4,))
+    kind = subjects.DdpmPP(width=32, mult=(1, 2), blocks=1, attention=(4,))
     net = build(kind, SHAPE, 0.0, 3, "student", head=True)
     drawn = {}
     for name, w in net.named_parameters():
@@ -210,13 +210,13 @@ def test_initial_weights_are_edms() -> None:
     ("kind", "shape"),
     [
         (SMALL, (1, 8, 8)),
-        (factors.DdpmPP(width=12, mult=(3, 1), blocks=1, attention=()), (3, 6, 6)),
-        (factors.DdpmPP(width=4, mult=(1,), blocks=1, attention=(5,)), (1, 5, 5)),
-        (factors.DdpmPP(width=48, mult=(2, 1), blocks=1, attention=(28, 14)), (1, 28, 28)),
+        (subjects.DdpmPP(width=12, mult=(3, 1), blocks=1, attention=()), (3, 6, 6)),
+        (subjects.DdpmPP(width=4, mult=(1,), blocks=1, attention=(5,)), (1, 5, 5)),
+        (subjects.DdpmPP(width=48, mult=(2, 1), blocks=1, attention=(28, 14)), (1, 28, 28)),
     ],
     ids=str,
 )
-def test_no_part_is_idle(kind: factors.DdpmPP, shape: tuple[int, ...]) -> None:
+def test_no_part_is_idle(kind: subjects.DdpmPP, shape: tuple[int, ...]) -> None:
     net = filled(build(kind, shape, 0.0, 0, "student"))
     generator = torch.Generator().manual_seed(0)
     x, upstream = torch.randn(2, 2, *shape, generator=generator)
@@ -324,14 +324,14 @@ def test_under_bfloat16_products_are_rounded_and_the_label_is_not() -> None:
 @pytest.mark.parametrize(
     ("kind", "side", "reason"),
     [
-        (factors.DdpmPP(mult=(1, 2, 2, 2), attention=()), 28, "28 pixels a side can't be halved"),
-        (factors.DdpmPP(), 28, r"attention at \[16\]; on 28 x 28 images it has \[28, 14, 7\]"),
-        (factors.Unet(patch=3), 28, "patch 3 does not divide 28"),
+        (subjects.DdpmPP(mult=(1, 2, 2, 2), attention=()), 28, "28 pixels a side can't be halved"),
+        (subjects.DdpmPP(), 28, r"attention at \[16\]; on 28 x 28 images it has \[28, 14, 7\]"),
+        (subjects.Unet(patch=3), 28, "patch 3 does not divide 28"),
     ],
     ids=str,
 )
 def test_images_that_do_not_fit_are_refused(
-    kind: factors.Network, side: int, reason: str
+    kind: subjects.Network, side: int, reason: str
 ) -> None:
     with pytest.raises(StudyError, match=reason):
         build(kind, (1, side, side), 0.0, 0, "student")
@@ -339,8 +339,8 @@ def test_images_that_do_not_fit_are_refused(
 
 def test_the_order_of_attention_is_no_difference() -> None:
     def told(*attention: int) -> factors.Factors:
-        network = factors.DdpmPP(attention=attention)
+        network = subjects.DdpmPP(attention=attention)
         budget = factors.Budget(images=128)
-        return simplest(factors.Factors(data=factors.Digits(), network=network, budget=budget))
+        return simplest(factors.Factors(data=subjects.Digits(), network=network, budget=budget))
 
     assert told(8, 16, 8) == told(16, 8) != told(16)

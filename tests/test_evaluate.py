@@ -32,8 +32,9 @@ from study.evaluate import (
     multistep,
     sliced_wasserstein,
 )
-from study.factors import Digits, Mixture, Sigma
+from study.factors import Sigma
 from study.mixtures import GaussianMixture
+from study.subjects import Digits, Mixture
 
 SIGMA = Sigma(data=0.5)
 

@@ -16,8 +16,8 @@ from study.errors import StudyError
 from study.evaluate import fid
 from study.extractors import fashion_mnist, train
 from study.extractors.load import EXTRACTORS, FOLDER, Extractor, load
-from study.factors import FashionMnist
 from study.fashion_mnist import DEBIAN, FILES
+from study.subjects import FashionMnist
 
 Split = dict[str, tuple[np.ndarray, np.ndarray]]
 NAME = "fashion_mnist-cnn"

@@ -17,12 +17,13 @@ from studies import read, write
 from study import data, fitted, reference
 from study.data import Dataset, Draws, to_float
 from study.errors import StudyError
-from study.factors import Analytic, Digits, FittedMixture, Sigma, SingleSample
+from study.factors import Analytic, Sigma, SingleSample
 from study.lowrank import LowRankMixture
 from study.probes import score_error
 from study.run import main
 from study.scores import Knowledge
 from study.store import read_json
+from study.subjects import Digits, FittedMixture
 
 FITTED = FittedMixture(of=Digits())
 STUDY = """\

@@ -27,8 +27,6 @@ from study.factors import (
     Fixed,
     FromRun,
     L2Norm,
-    Mixture,
-    Mlp,
     PosteriorK,
     PseudoHuber,
     Score,
@@ -44,6 +42,7 @@ from study.networks import dropout
 from study.posterior import law_of
 from study.schedules import karras
 from study.scores import Knowledge
+from study.subjects import Mixture, Mlp
 
 S, N, CT = 0.5, 8, SingleSample()
 SIGMA = Sigma(min=0.1, max=5.0, data=S)

@@ -25,12 +25,8 @@ from study.factors import (
     Fixed,
     FromRun,
     Frozen,
-    Mixture,
-    Mlp,
-    Network,
     NoHead,
     Sigma,
-    Unet,
 )
 from study.losses import Problem
 from study.meaning import has_head
@@ -38,6 +34,7 @@ from study.models import initial
 from study.scores import Knowledge
 from study.spec import Run
 from study.store import Store
+from study.subjects import Mixture, Mlp, Network, Unet
 from study.weights import weights_at
 
 SIGMA = Sigma(data=0.5)

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TORCH_FREE = ("errors", "factors", "meaning", "identity", "layers", "settings", "spec", "domains",
-              "checks", "resolve", "bounded", "limits", "store", "seeds", "budget", "launch",
-              "entry", "progress", "places", "run", "sample")  # fmt: skip
+TORCH_FREE = ("errors", "values", "subjects", "factors", "metrics", "meaning", "identity",
+              "layers", "settings", "spec", "domains", "checks", "resolve", "bounded",
+              "limits", "store", "seeds", "budget", "launch", "entry", "progress", "places",
+              "run", "sample")  # fmt: skip
 HEAVY = {"torch", "torchvision", "torch_fidelity", "sklearn"}
 
 

@@ -32,8 +32,9 @@ from study.errors import StudyError
 from study.extractors import inception
 from study.extractors.inception import Inception
 from study.extractors.names import INCEPTION, PUBLISHED, extractor_identity
+from study.metrics import Coverage, Fid, Kid, Measure
 from study.run import main
-from study.settings import Coverage, Fid, Kid, Measure, Settings, settings_of
+from study.settings import Settings, settings_of
 from study.store import read_json
 
 CPU = torch.device("cpu")

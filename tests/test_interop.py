@@ -503,7 +503,7 @@ def test_a_published_snapshot_is_a_teacher(tmp_path: Path) -> None:
     """From a pickle in EDM's format, a DDPM++ at its CIFAR-10 file's sigma_data of 0.5."""
     pytest.importorskip("study.ddpmpp")
     from study import networks
-    from study.factors import DdpmPP
+    from study.subjects import DdpmPP
 
     kind = DdpmPP(width=4, mult=(1, 2), blocks=1, attention=(4,))
     net = networks.build(kind, (1, 8, 8), 0.0, 3, "")

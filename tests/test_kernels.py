@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from study import kernels, networks, noise
-from study.factors import DdpmPP, Unet
+from study.subjects import DdpmPP, Unet
 
 pytest.importorskip("triton", reason="the fused kernels are written in Triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from study import kernels, networks
-from study.factors import Mlp, Network, Unet
 from study.networks import build, doubled, dropout
+from study.subjects import Mlp, Network, Unet
 
 SIZES = 1 << 16
 KINDS = [

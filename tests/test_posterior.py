@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from study import data, factors, networks, posterior
+from study import data, factors, networks, posterior, subjects
 from study.data import Batch
 from study.errors import StudyError
 from study.losses import Problem
@@ -227,7 +227,7 @@ def test_random_numbers_depend_on_the_key_alone() -> None:
 
 
 def test_a_posterior_larger_than_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset = data.load(factors.Digits())
+    dataset = data.load(subjects.Digits())
     monkeypatch.setattr(posterior, "memory_left", lambda _: Posterior.bytes(997, 64))
     posterior.law_of.__wrapped__(dataset)
     monkeypatch.setattr(posterior, "memory_left", lambda _: Posterior.bytes(997, 64) - 1)
@@ -245,9 +245,9 @@ def test_where_it_is_a_point_a_step_along_the_exact_score_is_cts() -> None:
     r, x_t, targets = 0.8 * t, x[:16] + t.view(-1, 1, 1, 1) * z, []
     for score in (factors.SingleSample(), factors.Empirical()):
         point = factors.Factors(
-            data=factors.Digits(), network=factors.Unet(), budget=factors.Budget(), score=score
+            data=subjects.Digits(), network=subjects.Unet(), budget=factors.Budget(), score=score
         )
-        net = networks.build(factors.Unet(width=4), (3, 32, 32), 0.0, 0, "")
+        net = networks.build(subjects.Unet(width=4), (3, 32, 32), 0.0, 0, "")
         torch.nn.init.normal_(net.out.weight, std=0.1, generator=generator.manual_seed(3))
         problem = Problem(point, factors.Sigma(data=0.5), net, Knowledge(law=Posterior(x)))
         targets += problem.targets(batch, x_t, r, t)

@@ -8,12 +8,13 @@ import torch
 from scipy import integrate, optimize, special, stats
 from torch import Tensor
 
-from study import data, factors
+from study import data, subjects
 from study.data import Dataset, to_float
-from study.factors import Analytic, Empirical, Mixture, Sigma, SingleSample, Teacher
+from study.factors import Analytic, Empirical, Sigma, SingleSample, Teacher
 from study.posterior import Posterior
 from study.probes import map_error, mean_and_error, score_error, t_star
 from study.scores import Knowledge
+from study.subjects import Mixture
 
 SIGMA = Sigma(data=1.0)
 GAUSS = Mixture(means=((0.3, -1.0, 2.0),), std=0.5, held_out=8000)
@@ -146,7 +147,7 @@ def test_analytic_on_held_out_data_loses_the_posterior_variance(gauss: Dataset) 
 
 
 def test_images_have_no_known_population() -> None:
-    digits = data.load(factors.Digits())
+    digits = data.load(subjects.Digits())
     known = Knowledge(law=Posterior(to_float(digits.train)))
     sigma = Sigma(min=0.05, max=5.0)  # t* is about 0.3
     result = score_error(SingleSample(), known, digits, sigma, 3, 400)

@@ -22,8 +22,6 @@ from study.factors import (
     Factors,
     KSample,
     L2Norm,
-    Mixture,
-    Mlp,
     Own,
     PosteriorK,
     PseudoHuber,
@@ -39,6 +37,7 @@ from study.meaning import simplest
 from study.mixtures import GaussianMixture
 from study.posterior import Posterior
 from study.scores import Knowledge
+from study.subjects import Mixture, Mlp
 
 SIGMA = Sigma(data=0.5)
 GAUSS = GaussianMixture.from_lists([[0.0]], [0.5], [1.0], torch.float64)

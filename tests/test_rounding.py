@@ -22,16 +22,12 @@ from study.factors import (
     Budget,
     Continuous,
     DenoisingHead,
-    Digits,
     Ema,
     Factors,
     Fixed,
-    Mixture,
-    Mlp,
     Own,
     PseudoHuber,
     Sigma,
-    Unet,
     UniformGrid,
 )
 from study.losses import Problem
@@ -41,6 +37,7 @@ from study.posterior import law_of
 from study.rounding import gradient_rounding
 from study.scores import Knowledge
 from study.store import Store
+from study.subjects import Digits, Mixture, Mlp, Unet
 
 S, N, D = 0.5, 8, 3
 SIGMA = Sigma(min=0.1, max=5.0, data=S)
@@ -56,7 +53,7 @@ class Line(Network):
         self.out, self.head = nn.Linear(D, D, bias=False), None
         nn.init.normal_(self.out.weight, generator=torch.Generator().manual_seed(0))
 
-    def trunk(self, x: Tensor, c_noise: Tensor, key: Tensor | None) -> Tensor:
+    def trunk(self, x: Tensor, c_noise: Tensor, key: Tensor | None, fused: bool = False) -> Tensor:
         return x
 
 

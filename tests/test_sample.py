@@ -11,6 +11,7 @@ from PIL import Image
 from studies import write
 
 from study import evaluate, interop
+from study.data import to_uint8
 from study.run import main as run
 from study.sample import main
 from study.saved import load
@@ -103,7 +104,7 @@ def test_a_folder_of_images(folders: dict[str, Path], tmp_path: Path) -> None:
         f"{i:06d}.png" for i in range(12)
     ]
     assert main([*words, "--out", str(tmp_path / "x.npy")]) == 0
-    pixels = evaluate.to_uint8(torch.from_numpy(np.load(tmp_path / "x.npy")))
+    pixels = to_uint8(torch.from_numpy(np.load(tmp_path / "x.npy")))
     for i in range(12):
         assert np.array_equal(drawn(tmp_path / "images" / f"{i:06d}.png"), pixels[i, 0].numpy())
     assert main([*words, "--out", f"{tmp_path}/images"]) == 2  # there, and not empty

@@ -20,8 +20,6 @@ from study.factors import (
     Law,
     LognormalGrid,
     LogUniform,
-    Mixture,
-    Mlp,
     Progressive,
     PseudoHuber,
     Sigma,
@@ -29,6 +27,7 @@ from study.factors import (
 )
 from study.losses import Problem
 from study.schedules import grid_points, karras, level, pair, target_decay
+from study.subjects import Mixture, Mlp
 
 # the noise levels of EDM's 18-step sampler (Karras et al. 2022), the upper half, to three digits
 EDM_18 = [80.0, 57.6, 40.8, 28.4, 19.4, 12.9, 8.40, 5.32, 3.26, 1.92, 1.09]

@@ -17,7 +17,7 @@ from scipy import stats
 from studies import read, replaced
 from torch import Tensor, nn
 
-from study import factors, networks, scores
+from study import factors, networks, scores, subjects
 from study.data import Batch
 from study.losses import Problem
 from study.mixtures import GaussianMixture
@@ -540,7 +540,7 @@ def test_heuns_second_slope_keeps_the_window_of_its_step() -> None:
     net = nn.Module()
     net.forward = lambda x, *_: torch.zeros_like(x)
     point = factors.Factors(
-        data=factors.Digits(), network=factors.Mlp(), budget=factors.Budget(images=1),
+        data=subjects.Digits(), network=subjects.Mlp(), budget=factors.Budget(images=1),
         score=WINDOW, solver=factors.Heun(),
     )  # fmt: skip
     t = torch.tensor([0.6, 2.1]).repeat(n // 2).double()
@@ -591,10 +591,10 @@ def test_no_gradient_reaches_the_head_through_the_estimate(
     objective: factors.Objective,
 ) -> None:
     gain = torch.ones((), requires_grad=True)
-    net = networks.build(factors.Mlp(width=8, depth=1), (2,), 0.0, 0, "student")
+    net = networks.build(subjects.Mlp(width=8, depth=1), (2,), 0.0, 0, "student")
     nn.init.normal_(net.out.weight)
     point = factors.Factors(
-        data=factors.Digits(), network=factors.Mlp(), budget=factors.Budget(images=1),
+        data=subjects.Digits(), network=subjects.Mlp(), budget=factors.Budget(images=1),
         score=factors.Own(), objective=objective, discretization=factors.Fixed(N=8),
     )  # fmt: skip
     known = Knowledge(own=lambda x_t, t: gain * x_t)

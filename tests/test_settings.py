@@ -4,19 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from study.factors import (
-    Budget,
-    Consistency,
-    Continuous,
-    Denoising,
-    Digits,
-    Factors,
-    FashionMnist,
-    Mixture,
-    Mlp,
-    Unet,
-)
-from study.settings import (
+from study.factors import Budget, Consistency, Continuous, Denoising, Factors
+from study.metrics import (
     Fid,
     GradientNoise,
     Kid,
@@ -24,8 +13,9 @@ from study.settings import (
     Measure,
     SlicedWasserstein,
     Trajectories,
-    settings_of,
 )
+from study.settings import settings_of
+from study.subjects import Digits, FashionMnist, Mixture, Mlp, Unet
 
 IMAGES = Measure(
     fid=Fid(extractor="digits-cnn", samples=100, ema=(0.1, 0.05)), kid=Kid(at=(1.0,))

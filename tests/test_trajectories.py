@@ -11,9 +11,10 @@ from torch import Tensor
 from study import data, evaluate, trajectories
 from study.data import Dataset
 from study.evaluate import Function
-from study.factors import Mixture, Sigma
+from study.factors import Sigma
 from study.mixtures import GaussianMixture
 from study.posterior import Posterior
+from study.subjects import Mixture
 from study.trajectories import grid, path, snapped
 
 SIGMA = Sigma(min=0.002, max=80.0, data=1.0)
