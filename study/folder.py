@@ -316,6 +316,7 @@ def _cached(path: Path, count: int) -> np.ndarray | None:
             return None
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             images = arrays["images"]
+            ours = images.dtype == np.uint8 and images.shape[:1] == (count,)
     except Exception:  # whatever a torn file leads the reader to
         return None
-    return images if images.dtype == np.uint8 and images.shape[:1] == (count,) else None
+    return images if ours else None

@@ -113,10 +113,11 @@ def unpacked(path: Path) -> Statistics | None:
             return None
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             mu, sigma = arrays["mu"], arrays["sigma"]
+            ours = mu.shape == (inception.FEATURES,) and sigma.shape == mu.shape * 2
+            ours &= sigma.dtype == np.float64
     except Exception:  # whatever a torn file leads the reader to
         return None
-    ours = mu.shape == (inception.FEATURES,) and sigma.shape == mu.shape * 2
-    return {"mu": mu, "sigma": sigma} if ours and sigma.dtype == np.float64 else None
+    return {"mu": mu, "sigma": sigma} if ours else None
 
 
 @cache
