@@ -5,8 +5,12 @@ Keys that the analysis does not look into are free.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, Required, TypedDict
 
+from msgspec import Meta
+
+# Names make names of files, here and in the report.
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,254}\Z")]
 SCHEMA = 1
 SPEND = ("images", "updates", "passes", "flops", "seconds")
 SCALARS = {  # metrics and the keys they stand under; of any other kind its value, by its name
@@ -29,10 +33,16 @@ PER_SIGMA = ("variance", "variance_se", "bias2", "bias2_se", "distance2", "dista
              "held_out_loss", "held_out_loss_se", "posterior_variance", "effective_samples")
 
 
+class Budget(TypedDict):
+    """A recipe's own images."""
+
+    images: Annotated[int, Meta(ge=0, le=10**15)]
+
+
 class Factors(TypedDict, total=False):
     """The factors that the analysis looks into."""
 
-    budget: dict[str, Any]
+    budget: Required[Budget]
     objective: dict[str, Any]
     score: dict[str, Any]
     init: dict[str, Any]
@@ -42,9 +52,9 @@ class Factors(TypedDict, total=False):
 class Recipe(TypedDict):
     """One variant or source of a cell, in study.json."""
 
-    name: str
+    name: Name
     role: Literal["variant", "source"]
-    cell: str
+    cell: Name
     factors: Factors
     charge: list[str]
     ignored: list[str]
@@ -55,8 +65,8 @@ class Entry(TypedDict):
 
     recipe: int
     seed: int
-    id: str
-    folder: str
+    id: Name
+    folder: Name
     refs: list[str]
     charged: list[str]
     measures: list[str]
@@ -83,7 +93,7 @@ class Plan(TypedDict):
     primary: dict[str, Primary | None] | None
     compare: NotRequired[list[tuple[str, str]]]
     seeds: list[int]
-    cells: list[str]
+    cells: list[Name]
     recipes: list[Recipe]
     runs: list[Entry]
 

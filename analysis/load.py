@@ -21,6 +21,7 @@ import msgspec
 import pandas as pd
 
 from analysis.files import AXES, SCHEMA, SPEND, Plan, Record, Trained
+from analysis.pictures import picture
 from analysis.recipes import computed
 from analysis.records import (
     INSTRUMENT_COLUMNS,
@@ -31,6 +32,7 @@ from analysis.records import (
     renamed,
     spread,
 )
+from study.bounded import content, decoded, inside
 from study.errors import StudyError, nearest
 
 RUN_COLUMNS = ("name", "role", "cell", "seed", "id", "folder", "same_as", "state", "outcome",
@@ -91,6 +93,8 @@ def find(name: str, results: Path = Path("results")) -> Path:
     name = Path(name).stem if name.endswith(".yaml") else name
     for folder in (results / name, Path(name)):
         if (folder / "study.json").is_file():
+            if folder.parent == results:  # what the user names by its path is the user's
+                inside(folder, results)
             return folder
     if (file := Path("sweeps", f"{name}.yaml")).is_file():
         raise StudyError(f"{name}: not started: python -m study.run {file}")
@@ -265,6 +269,10 @@ def _read_run(folder: Path, entry: dict[str, Any], problems: list[str]) -> _Run:
             missing[file], undone = "not measured yet", True
         else:
             missing[file] = NO_SNAPSHOT
+    try:
+        picture(root / "samples.png", f"{relative}/samples.png")
+    except StudyError as error:
+        problems.append(str(error))
     if trained and not undone:
         state = "done"
     elif reason not in ("", "done", "stopped"):
@@ -304,31 +312,22 @@ def _read(path: Path | str, label: str, problems: list[str], shape: type
     `problems`).
     """
     try:
-        with open(path, "rb") as file:
-            record = msgspec.json.decode(file.read())
-        msgspec.convert(record, shape)
-    except FileNotFoundError:
+        data = content(Path(path), where=label)
+        return None if data is None else decoded(data, shape, label)
+    except StudyError as error:
+        problems.append(str(error))
         return None
-    except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
-        problems.append(f"{label}: cannot be read: {error}")
-        return None
-    return record
 
 
 def _lines(path: Path, label: str, problems: list[str]) -> Iterable[dict[str, Any]]:
     """The JSON objects of a .jsonl file; a broken line is named and skipped."""
     try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        problems.append(f"{label}: cannot be read: {error}")
+        lines = (content(path, where=label) or b"").splitlines()
+    except StudyError as error:
+        problems.append(str(error))
         return
     for index, line in enumerate(lines, start=1):
         try:
-            record = msgspec.json.decode(line)
-        except ValueError as error:
-            problems.append(f"{label}: line {index} cannot be read: {error}")
-            continue
-        if isinstance(record, dict):
-            yield record
+            yield decoded(line, dict, f"{label}: line {index}")
+        except StudyError as error:
+            problems.append(str(error))

@@ -15,13 +15,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
-from PIL import Image
 
 from analysis import tables, words
 from analysis.load import Study
+from analysis.pictures import picture
 from analysis.recipes import endless
 from analysis.records import renamed
 from analysis.style import GREY, INK, Drawn, capital, look
+from study.errors import StudyError
 
 SCORE_PANELS = (("variance", "variance of the estimate given $x_t$"),
                 ("effective_samples", "effective number of images in\nthe posterior"),
@@ -185,9 +186,17 @@ def sample_files(study: Study, cell: str) -> list[tuple[str, str, Path]]:
     for _, block in runs.groupby("seed", sort=False):
         files = [(r.name, r.id, study.folder / r.folder / "samples.png")
                  for r in block[["name", "id", "folder"]].itertuples(index=False)]
-        files = [f for f in files if f[2].is_file()]
+        files = [f for f in files if _picture(f[2]) is not None]
         best = files if len(files) > len(best) else best
     return best
+
+
+def _picture(file: Path) -> np.ndarray | None:
+    """The picture, or None where there is none that can be read: `Study.problems` names it."""
+    try:
+        return picture(file, file.name)
+    except StudyError:
+        return None
 
 
 def strip_shape(n: int) -> tuple[int, int]:
@@ -203,8 +212,7 @@ def strip(figure: Figure | SubFigure, files: list[tuple[str, str, Path]],
     for axes in grid.flat:
         axes.axis("off")
     for axes, (name, _, file) in zip(grid.flat, files, strict=False):
-        with Image.open(file) as image:
-            axes.imshow(np.asarray(image), cmap="gray", interpolation="nearest")
+        axes.imshow(_picture(file), cmap="gray", interpolation="nearest")
         axes.set_title(name, fontsize=11, color=colours[name], loc="center")
 
 

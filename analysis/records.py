@@ -20,14 +20,15 @@ MEASURE_COLUMNS = ("name", "role", "cell", "seed", "id", "at", "images", "images
 SCORE_COLUMNS = ("name", "cell", "seed", "id", "at", "score", "sigma", *PER_SIGMA, "known",
                  "dimension", "t_star", "identity", "file")
 MAP_COLUMNS = ("name", "cell", "seed", "id", "at", "ema", "sigma", "rms", "identity", "file")
+LARGEST = 1e100  # a square of it is still a number
 INSTRUMENT_COLUMNS = ("kind", "name", "role", "cell", "seed", "id", "at", "nfe", "ema", "over",
                       "level", "quantity", "value", "se", "identity", "file")
 
 
 def number(value: object) -> float:
-    """A finite JSON number as float; nan for null, text and infinities: "not measured"."""
+    """A JSON number as float; nan for null, text and what no measurement gives: "not measured"."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else math.nan
+    return float(value) if is_number and abs(value) <= LARGEST else math.nan
 
 
 def numbers(values: object) -> list[float]:
@@ -72,7 +73,8 @@ def spread(rows: dict[str, list[tuple]], where: tuple, role: str, extra: tuple[f
     what = identity(settings, digest)
     name, cell, seed, run = where
     draws = numbers(record.get("draws"))
-    sd = statistics.stdev(draws) if len(draws) > 1 else math.nan
+    told = len(draws) > 1 and not any(map(math.isnan, draws))
+    sd = statistics.stdev(draws) if told else math.nan
     nfe, ema = number(settings.get("nfe")), settings.get("ema")
     ema = "" if ema is None else str(ema)
     for metric, key in SCALARS.get(kind, {kind: "value"}).items():

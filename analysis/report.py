@@ -25,7 +25,8 @@ from analysis.load import Study
 from analysis.recipes import computed
 from analysis.shared import owed
 from analysis.style import capital
-from study.spec import StudyError
+from study.bounded import check_entries
+from study.errors import StudyError
 
 OPTIONAL = ("map_error", "instruments", "mean_and_noise")  # files only where there are data
 LISTED = 20  # entries of a list before it says "and N more"
@@ -41,7 +42,9 @@ def build(folder: Path) -> Path:
     """
     study = load.load(folder)
     out = folder / "report"
+    check_entries(folder, folder, folders=("report",))
     out.mkdir(exist_ok=True)
+    check_entries(out, out)
     table, mismatches = tables.comparisons(study), ledger.audit(study)
     frames = {"runs": study.runs, "measures": study.measures, "comparisons": table,
               "score_error": study.score_errors, "map_error": study.map_errors,

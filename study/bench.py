@@ -24,12 +24,12 @@ from rich.table import Table
 from study import worker
 from study.capture import usable
 from study.errors import StudyError
-from study.forecast import BENCH, is_timed, sha, step_key
+from study.forecast import BENCH, bench_of, is_timed, sha, step_key
 from study.launch import devices
 from study.resolve import load
 from study.run import chosen, fetch_data
 from study.spec import Run, Study
-from study.store import Store, read_json, write_json
+from study.store import Store, write_json
 from study.timing import Site, ceiling, determinism, measure_key, steps_of, timed, together
 from study.train import set_up
 
@@ -191,8 +191,8 @@ def bench(
 
 def kept(store: Store, device: str) -> dict[str, dict[str, Any]]:
     """What an earlier bench on this device and of this code found of other recipes."""
-    old = read_json(store.path / BENCH)
-    same = old and (old["device"], old["code"]) == (device, worker.CODE["code"])
+    old = bench_of(store)
+    same = (old["device"], old["code"]) == (device, worker.CODE["code"])
     return old["recipes"] if same else {}
 
 

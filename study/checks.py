@@ -33,6 +33,7 @@ from study.factors import (
     SingleSample,
     Windowed,
 )
+from study.limits import check_sample
 from study.meaning import deterministic, endless, ignored, misfit, plain_score, references
 from study.metrics import Measure
 from study.settings import IN_FEATURES, PROBES, filled, settings_of, snapshot_points
@@ -59,6 +60,8 @@ def check_recipe(
     network = factors.network
     kind = data.__struct_config__.tag
     score = None if "score" in ignored(factors) else factors.score
+    if isinstance(data, Mixture | FittedMixture):
+        check_sample(data, where)
     if isinstance(data, Mixture):
         check_mixture(data, where)
         if not isinstance(network, Mlp):
@@ -319,6 +322,6 @@ def check_primary(primary: Primary, recipe: Recipe, where: Where) -> None:
     for key, value in wanted.items():
         values = {o[key] for o in offered}
         if value not in values:
-            hint = nearest(value, values) if values else "nothing is; say primary: null, or measure"
+            hint = nearest(value, values) if values else "nothing is; say primary: null"
             raise StudyError(f"{where(key)}: {value!r} is not measured; {hint}")
     raise StudyError(f"{where('metric')}: {wanted} is not measured together")

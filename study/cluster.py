@@ -26,7 +26,7 @@ import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import msgspec
 from rich.console import Console
@@ -120,13 +120,20 @@ def _asked(*words: str) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
+class Record(TypedDict):
+    """What is read of an array's record."""
+
+    time: str
+    jobs: list[list[str]]
+
+
 class Queue:
     """What a study has submitted, by the records it left, and what of it Slurm still holds."""
 
     def __init__(self, path: Path) -> None:
         self.folder = path / FOLDER
         self.job: dict[str, str] = {}  # the job that a run was last given to
-        records = [(p.stem, read_json(p)) for p in self.folder.glob("[0-9]*.json")]
+        records = [(p.stem, read_json(p, Record)) for p in self.folder.glob("[0-9]*.json")]
         for array, record in sorted(records, key=lambda r: (r[1]["time"], int(r[0]))):
             single = len(record["jobs"]) == 1  # such a job is no array
             for i, ids in enumerate(record["jobs"]):

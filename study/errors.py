@@ -10,6 +10,14 @@ class StudyError(Exception):
     """What a user can mend: names the file or folder, the key, what was given and what is
     allowed."""
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    """The text without the codes that would command a terminal, each written out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
 
 def nearest(given: object, allowed: Iterable[object]) -> str:
     """'; did you mean X?' or the list of what is allowed."""

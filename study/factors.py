@@ -333,7 +333,7 @@ class Factors(Value, frozen=True):
     optimizer: Optimizer = Adam()
     batch: Annotated[int, Meta(ge=1, le=1_000_000)] = 128
     weights_ema: Annotated[
-        tuple[Annotated[float, Meta(ge=0.001, le=0.25)], ...], Meta(min_length=1)
+        tuple[Annotated[float, Meta(ge=0.001, le=0.25)], ...], Meta(min_length=1, max_length=16)
     ] = (0.05, 0.1)
     precision: Literal["float32", "bfloat16"] = "float32"
     sigma: Sigma = Sigma()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import stat
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from study import seeds
+from study.bounded import packed
 from study.errors import StudyError
 from study.store import write_bytes
 
@@ -38,6 +40,8 @@ HELD_OUT = ("held_out", "test", "val")  # the first that is there; the others ar
 TABLE = "dataset.json"
 SIDE = 1024  # pixels; an image that says it has more is not decoded
 LARGEST = 1 << 27  # bytes of one file or archive member
+LABEL = 1 << 10  # bytes of the table of labels for each file
+FREE, RATIO = 1 << 30, 100  # bytes that images may come to whatever they have, and for each byte
 
 T = TypeVar("T")
 
@@ -101,8 +105,12 @@ def _opened(root: Path) -> Iterator[Source]:
     if root.is_dir():
         folders = {path.name for path in root.iterdir() if path.is_dir()}
         yield Source(root, dict(_walk(root)), folders, lambda name: (root / name).read_bytes())
-    elif root.is_file() and zipfile.is_zipfile(root):
-        with zipfile.ZipFile(root) as archive:  # gives no more bytes than file_size says
+    elif root.is_file() and _zipped(root):
+        try:
+            archive = zipfile.ZipFile(root)  # gives no more bytes than file_size says
+        except Exception as error:  # a torn one leads its reader to raise anything
+            raise StudyError(f"{root}: cannot be read: {error!r}") from error
+        with archive:
             members = {i.filename: i for i in archive.infolist() if "/." not in f"/{i.filename}"}
             files = {name: (i.file_size, i.CRC) for name, i in members.items() if not i.is_dir()}
             folders = {name.split("/")[0] for name in members if "/" in name}
@@ -112,6 +120,14 @@ def _opened(root: Path) -> Iterator[Source]:
             "neither a folder nor a zip archive" if root.exists() else "there is no such folder"
         )
         raise StudyError(f"{root}: {found}; allowed: a folder or a zip archive of images")
+
+
+def _zipped(root: Path) -> bool:
+    """Whether it may be a zip archive: one that is torn may raise when it is asked."""
+    try:
+        return zipfile.is_zipfile(root)
+    except Exception:  # it is opened, and says why it can't be
+        return True
 
 
 def _walk(root: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -133,6 +149,8 @@ def _walk(root: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
                 name.lower().endswith(READ + REFUSED) or name == TABLE
             ):
                 status = os.stat(os.path.join(folder, name))
+                if not stat.S_ISREG(status.st_mode):  # a pipe or device may never end
+                    raise StudyError(f"{os.path.join(folder, name)}: no plain file")
                 stamps = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
                 yield name if below == "." else f"{below}/{name}", stamps
 
@@ -173,6 +191,8 @@ def _classes(source: Source, names: list[str], depth: int) -> dict[str, str | in
     table = source.root / TABLE
     if TABLE in source.files:
         try:
+            if (size := source.files[TABLE][0]) > LABEL * (len(names) + LABEL):
+                raise ValueError(f"found {size} bytes for {len(names)} images")
             labels = msgspec.json.decode(source.read(TABLE), type=Table).labels
         except Exception as error:  # an archive's decoder raises whatever a torn one leads to
             raise StudyError(f"{table}: cannot be read as labels of images: {error}") from error
@@ -211,6 +231,13 @@ def _pixels(source: Source, name: str) -> np.ndarray:
 def _decode(source: Source, names: list[str]) -> np.ndarray:
     """All images (n, S, S, C) uint8, in the order of the names."""
     first = _pixels(source, names[0])
+    stored = sum(source.files[name][0] for name in names)
+    if (come := first.nbytes * len(names)) > max(FREE, RATIO * stored):
+        raise StudyError(
+            f"{source.root}: {len(names)} files of {stored} bytes in all say that they are "
+            f"{'x'.join(map(str, first.shape))} pixels each, {come} bytes; allowed: "
+            f"{RATIO} times what the files have"
+        )
     images = np.empty((len(names), *first.shape), np.uint8)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -285,8 +312,11 @@ def _kept(source: Source, names: list[str]) -> np.ndarray:
 def _cached(path: Path, count: int) -> np.ndarray | None:
     """The images, or None where the file is missing, torn (it has a checksum) or not ours."""
     try:
+        if packed(path):
+            return None
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             images = arrays["images"]
+            ours = images.dtype == np.uint8 and images.shape[:1] == (count,)
     except Exception:  # whatever a torn file leads the reader to
         return None
-    return images if images.dtype == np.uint8 and images.shape[:1] == (count,) else None
+    return images if ours else None

@@ -7,7 +7,7 @@ cell's, otherwise what `study.bench` wrote into results/STUDY/bench.json.
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import TypedDict
 
 import msgspec
 
@@ -16,6 +16,29 @@ from study.spec import Run
 from study.store import Store, read_json
 
 BENCH = "bench.json"  # in results/STUDY: what study.bench found
+
+
+class Timed(TypedDict):
+    """What is read of a recipe's figures there."""
+
+    step: str
+    seconds_per_image: float
+    first_update_seconds: float
+    measuring_seconds: float | None
+
+
+class Bench(TypedDict):
+    """What is read of the whole."""
+
+    device: str
+    code: str
+    recipes: dict[str, Timed]
+
+
+def bench_of(store: Store) -> Bench:
+    """What study.bench wrote, or an empty one."""
+    empty: Bench = {"device": "", "code": "", "recipes": {}}
+    return read_json(store.path / BENCH, Bench) or empty
 
 
 def step_key(run: Run) -> bytes:
@@ -44,9 +67,9 @@ class Speeds:
                 speed = trained["spend"]["seconds"] / trained["spend"]["images"]
                 for key in ((run.recipe.cell, run.recipe.name), (run.recipe.cell,)):
                     self.finished.setdefault(key, []).append(speed)
-        self.bench = read_json(store.path / BENCH) or {"recipes": {}}
+        self.bench = bench_of(store)
 
-    def timed(self, run: Run) -> dict[str, Any] | None:
+    def timed(self, run: Run) -> Timed | None:
         """The bench's row of the run's recipe; none where it was timed with other factors."""
         row = self.bench["recipes"].get(f"{run.recipe.cell}/{run.recipe.name}")
         return row if row and row["step"] == sha(step_key(run)) else None
@@ -84,7 +107,7 @@ def forecast(store: Store, new: list[Run]) -> str | None:
     beside = [speeds.beside(run) for run in new]
     finished = sum(len(s) for key, s in speeds.finished.items() if len(key) == 1)
     stands = [f"the speed of {finished} finished runs"] * bool(finished)
-    stands += [f"study.bench on {speeds.bench.get('device')}"] * bool(timed)
+    stands += [f"study.bench on {speeds.bench['device']}"] * bool(timed)
     if not stands:  # nothing of it is trained
         return None
     known = [value for value in beside if value is not None]

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any, Literal
 import msgspec
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from study.errors import StudyError
@@ -88,10 +88,6 @@ def read(path: Path, ema: str | None = None) -> Outside:
 
 def _state_dict(path: Path, ema: str | None) -> Mapping[str, Tensor]:
     """The tensors of a state dict, or of one average of a run's snapshot."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
-                raise StudyError(f"{path}: packed, as torch writes no file of weights")
     value = load_tensors(path)
     if isinstance(value, dict) and {"raw", "ema"} <= value.keys():
         sets = {**value["ema"], "raw": value["raw"]}
@@ -100,8 +96,15 @@ def _state_dict(path: Path, ema: str | None) -> Mapping[str, Tensor]:
         value = sets[ema or next(iter(sets))]
     elif ema:
         raise StudyError(f"{path}: ema {ema} asked for, and it is no run's snapshot")
+    return tensors(value, path)
+
+
+def tensors(value: object, path: Path) -> Mapping[str, Tensor]:
+    """The value, found to be plain tensors by name, in numbers that are there. Raises
+    StudyError."""
     named = isinstance(value, dict) and all(isinstance(name, str) for name in value)
-    if not named or not all(isinstance(w, Tensor) for w in value.values()):
+    plain = named and all(type(w) in (Tensor, nn.Parameter) for w in value.values())
+    if not plain or any(w.layout != torch.strided or w.is_meta for w in value.values()):
         raise StudyError(f"{path}: a state dict expected, tensors by name")
     return value
 

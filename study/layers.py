@@ -15,23 +15,37 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import (
+    AliasEvent,
+    CollectionEndEvent,
+    CollectionStartEvent,
+    Event,
+    ScalarEvent,
+)
 
+from study.bounded import content
 from study.errors import StudyError, nearest
 
-MAX_BYTES = 1 << 20  # a study file is written by hand
+MAX_BYTES = 1 << 18  # a study file is written by hand
+MOST_VALUES = 100_000  # aliases counted for all that they stand for
+MOST_DEEP = 32
+MOST_WHOLE = 2**63
 
 
 def read_yaml(text: str, file: str) -> Any:  # noqa: ANN401 - YAML holds anything
     """Parses YAML 1.2 safely. Raises StudyError for syntax, duplicate keys and unusable
     scalars."""
+    if len(text) > MAX_BYTES:
+        raise StudyError(f"{file}: {len(text)} letters; a study file has at most {MAX_BYTES}")
     try:
+        _check_events(YAML(typ="safe", pure=True).parse(io.StringIO(text)), file)
         value = YAML(typ="safe", pure=True).load(io.StringIO(text))
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -40,37 +54,63 @@ def read_yaml(text: str, file: str) -> Any:  # noqa: ANN401 - YAML holds anythin
         raise StudyError(f"{file}{line}: {problem}") from None
     except (ValueError, RecursionError, OverflowError) as error:  # odd dates, deep nesting
         raise StudyError(f"{file}: not readable as YAML: {error}") from None
-    _check_scalars(value, file, (), set())
+    _check_scalars(value, file, ())
     return value
 
 
-def _check_scalars(value: object, file: str, path: tuple[str, ...], above: set[int]) -> None:
-    """Refuses numbers that are not finite, keys that are not text, and a value inside itself."""
+def _check_events(events: Iterable[Event], file: str) -> None:
+    """Refuses, before anything is made of them, tags, a value inside itself, and values that are
+    nested deeply or, once aliases stand for what they mean, too many."""
+    sizes: dict[str, int] = {}  # values below each anchor
+    above: list[tuple[str | None, int]] = []  # anchor of each open value, and how many were before
+    count = 0
+    for event in events:
+        where = f"{file}, line {event.start_mark.line + 1}"
+        if getattr(event, "tag", None) is not None:
+            raise StudyError(f"{where}: the tag {event.tag}; allowed: none")
+        if isinstance(event, AliasEvent):
+            if event.anchor in (anchor for anchor, _ in above):
+                raise StudyError(f"{where}: {event.anchor!r} nested in itself")
+            count += sizes.get(event.anchor, 0)
+        elif isinstance(event, CollectionStartEvent | ScalarEvent):
+            above.append((event.anchor, count))
+            count += 1
+        if isinstance(event, CollectionEndEvent | ScalarEvent):
+            anchor, before = above.pop()
+            sizes[anchor] = count - before
+        if len(above) > MOST_DEEP:
+            raise StudyError(f"{where}: nested too deeply; allowed: {MOST_DEEP} levels")
+        if count > MOST_VALUES:
+            raise StudyError(f"{where}: over {MOST_VALUES} values, counting aliases for all that "
+                             "they stand for")  # fmt: skip
+
+
+def _check_scalars(value: object, file: str, path: tuple[str, ...]) -> None:
+    """Refuses numbers that are not finite or beyond 64 bits, and keys that are not text."""
     where = f"{file}: {'.'.join(path)}" if path else file
     if isinstance(value, float) and not math.isfinite(value):
         raise StudyError(f"{where}: {value} is not a finite number")
+    if isinstance(value, int) and abs(value) >= MOST_WHOLE:
+        raise StudyError(f"{where}: a whole number of over 64 bits")
     if isinstance(value, Mapping | list):
-        if id(value) in above or len(path) > 32:
-            raise StudyError(f"{where}: nested too deeply")
         items = value.items() if isinstance(value, Mapping) else enumerate(value)
         for key, item in items:
             if isinstance(value, Mapping) and not isinstance(key, str):
                 raise StudyError(f"{where}: the key {key!r} is not text; quote it")
-            _check_scalars(item, file, (*path, str(key)), above | {id(value)})
+            _check_scalars(item, file, (*path, str(key)))
 
 
 def read_file(path: Path) -> dict:
     """Reads a YAML file whose root is a mapping."""
-    try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise StudyError(f"{path}: {size} bytes; a study file has at most {MAX_BYTES}")
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
+    data = content(path, MAX_BYTES)
+    if data is None:
         near = [p for p in Path("sweeps").glob("*.yaml") if p.stem == path.stem]
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise StudyError(f"{path}: cannot be read: {reason}{hint}") from None
+        raise StudyError(f"{path}: cannot be read: no such file{hint}")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise StudyError(f"{path}: cannot be read: {error}") from None
     return mapping(read_yaml(text, str(path)), str(path))
 
 
@@ -79,7 +119,7 @@ def mapping(value: object, where: str) -> dict:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise StudyError(f"{where}: {value!r} given, a mapping of keys expected")
+        raise StudyError(f"{where}: {value!r:.200} given, a mapping of keys expected")
     result: dict = {}
     for key, item in value.items():
         put(result, key.split("."), item, f"{where}: {key}")
@@ -121,6 +161,11 @@ def overlay(tree: dict, path: list[str], value: object, where: str) -> None:
     if not all(path):
         raise StudyError(f"{where}: an empty name in the key path")
     tree[path[-1]] = value
+
+
+def overlap(a: str, b: str) -> bool:
+    """Whether one key path is the other or stands above it."""
+    return a == b or a.startswith(b + ".") or b.startswith(a + ".")
 
 
 class Layered:
@@ -193,7 +238,7 @@ class Layered:
         if kinds:
             if not isinstance(value, dict):
                 raise StudyError(
-                    f"{self.where(key)}: {value!r} given; a kind or a mapping expected "
+                    f"{self.where(key)}: {value!r:.200} given; a kind or a mapping expected "
                     f"({nearest('', kinds)})"
                 )
             default = self._default_kind(key)
@@ -237,7 +282,7 @@ def convert(value: Any, kind: Any, where: typing.Callable[[str], str]) -> Any:  
         for step in re.findall(r"\.(\w+)|\[(\d+)\]", part):
             given = given[step[0]] if step[0] else given[int(step[1])]
         raise StudyError(
-            f"{where(part)}: {given!r} given; {reason[0].lower()}{reason[1:]}"
+            f"{where(part)}: {given!r:.200} given; {reason[0].lower()}{reason[1:]}"
         ) from None
 
 

@@ -234,7 +234,7 @@ def measure(
                 "at": settings.at,
                 "images": points[settings.at],
                 "settings": {**record, "at": settings.at},
-                "inputs": {i: lookup(i).trained["sha256"][LAST] for i in settings.consults},
+                "inputs": {i: lookup(i).digest(LAST) for i in settings.consults},
                 **finite(result),
                 "seconds": round(time.perf_counter() - start, 3),
             },

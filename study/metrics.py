@@ -9,14 +9,14 @@ from msgspec import Meta
 from study.factors import Score, SingleSample
 from study.values import Name, Positive, Share, Value
 
-Points = Annotated[tuple[Share, ...], Meta(min_length=1)]
-Steps = Annotated[tuple[Annotated[int, Meta(ge=1, le=2)], ...], Meta(min_length=1)]
-Lengths = Annotated[tuple[float, ...], Meta(min_length=1)]
+Points = Annotated[tuple[Share, ...], Meta(min_length=1, max_length=100)]
+Steps = Annotated[tuple[Annotated[int, Meta(ge=1, le=2)], ...], Meta(min_length=1, max_length=2)]
+Lengths = Annotated[tuple[float, ...], Meta(min_length=1, max_length=16)]
 Levels = Annotated[int, Meta(ge=2, le=1000)]
 Batches = Annotated[int, Meta(ge=4, le=10_000)]
 Draws = Annotated[int, Meta(ge=1, le=100)]
 Samples = Annotated[int, Meta(ge=8, le=1_000_000)]
-Parts = Annotated[tuple[Literal["train", "held_out"], ...], Meta(min_length=1)]
+Parts = Annotated[tuple[Literal["train", "held_out"], ...], Meta(min_length=1, max_length=2)]
 
 
 class Fid(Value, frozen=True):

@@ -59,7 +59,7 @@ def check_inputs(run: Run, lookup: Lookup, dataset: Dataset) -> dict[str, str]:
                 f"{lookup(name).path}: trained on data {trained['data_digest']}, and the data are "
                 f"now {dataset.digest}; bring the old data back, or remove the folder"
             )
-    inputs = {i: t["sha256"][snapshot_name(1.0)] for i, t in sources.items() if t}
+    inputs = {i: lookup(i).digest(snapshot_name(1.0)) for i, t in sources.items() if t}
     names = dict(run.refs)
     if file := weights_file(run.recipe.factors):
         names[str(file)] = file.name

@@ -158,18 +158,26 @@ def build(
 ) -> Network:
     """The network on the CPU, its weights addressed by (seed, role, parameter name); head: with a
     second output layer, for an auxiliary loss. Raises StudyError for images it can't take."""
-    if len(shape) == 3 and (why := misfit(network, shape[-1])):
-        raise StudyError(f"network: {why}")
-    match network:
-        case subjects.Mlp(width=width, depth=depth):
-            net: Network = Mlp(shape, width, depth, drop, precision, head)
-        case subjects.Unet(width=width, levels=levels, blocks=blocks, patch=patch):
-            net = Unet(shape, width, levels, blocks, patch, drop, precision, head)
-        case subjects.DdpmPP(width=width, mult=mult, blocks=blocks, attention=attention):
-            net = DdpmPP(shape, width, mult, blocks, attention, drop, precision, head)
-        case _:
-            assert_never(network)
+    net = made(network, shape, drop, precision, head)
     for name, weight in net.named_parameters():
         generator = torch.Generator().manual_seed(seeds.number(seed, role, "init", name))
         weight.data.copy_(net.initial(name, weight.shape, generator))
     return net
+
+
+def made(
+    network: subjects.Network, shape: tuple[int, ...], drop: float, precision: str, head: bool
+) -> Network:
+    """The network with whatever weights torch gives it; on torch's device `meta` with none, so
+    that their shapes are known at no expense. Raises StudyError as `build`."""
+    if len(shape) == 3 and (why := misfit(network, shape[-1])):
+        raise StudyError(f"network: {why}")
+    match network:
+        case subjects.Mlp(width=width, depth=depth):
+            return Mlp(shape, width, depth, drop, precision, head)
+        case subjects.Unet(width=width, levels=levels, blocks=blocks, patch=patch):
+            return Unet(shape, width, levels, blocks, patch, drop, precision, head)
+        case subjects.DdpmPP(width=width, mult=mult, blocks=blocks, attention=attention):
+            return DdpmPP(shape, width, mult, blocks, attention, drop, precision, head)
+        case _:
+            assert_never(network)

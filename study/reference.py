@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from study import evaluate, seeds
+from study.bounded import packed as packed_up
 from study.data import Dataset, to_uint8
 from study.errors import StudyError
 from study.evaluate import Statistics
@@ -108,12 +109,15 @@ def packed(found: Statistics) -> bytes:
 def unpacked(path: Path) -> Statistics | None:
     """Statistics, or None where the file is missing, torn (it has a checksum) or not ours."""
     try:
+        if packed_up(path):
+            return None
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             mu, sigma = arrays["mu"], arrays["sigma"]
+            ours = mu.shape == (inception.FEATURES,) and sigma.shape == mu.shape * 2
+            ours &= sigma.dtype == np.float64
     except Exception:  # whatever a torn file leads the reader to
         return None
-    ours = mu.shape == (inception.FEATURES,) and sigma.shape == mu.shape * 2
-    return {"mu": mu, "sigma": sigma} if ours and sigma.dtype == np.float64 else None
+    return {"mu": mu, "sigma": sigma} if ours else None
 
 
 @cache

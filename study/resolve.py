@@ -15,7 +15,8 @@ from study.checks import check_measure, check_primary, check_recipe
 from study.errors import StudyError, nearest
 from study.factors import Budget, Factors
 from study.identity import run_id
-from study.layers import Layered, mapping, overlay, read_file, read_yaml
+from study.layers import Layered, mapping, overlap, overlay, read_file, read_yaml
+from study.limits import MOST_ABOVE, check_measurements, check_runs
 from study.meaning import references, simplest
 from study.metrics import Measure
 from study.places import check_places
@@ -82,6 +83,8 @@ class Resolver:
 
     def study(self) -> Study:
         """Resolves everything; runs come in an order in which sources precede their users."""
+        many = len(self.cells) * (len(self.sources) + len(self.variants))
+        check_runs(many, self.seeds, self.file)
         recipes = [
             self._recipe(name, role, cell)
             for cell in self.cells
@@ -91,9 +94,13 @@ class Resolver:
         table = {(r.name, r.cell): r for r in recipes}
         recipes = [self._charged(r, table) for r in recipes]
         table = {(r.name, r.cell): r for r in recipes}
+        check_measurements(recipes, self.file)
+        sources: dict[str, dict[str, Recipe]] = {cell: {} for cell in self.cells}
         for recipe in recipes:
-            sources = {r.name: r for r in recipes if r.cell == recipe.cell and r.role == "teacher"}
-            check_recipe(recipe, self._where(recipe), sources, self.variants)
+            if recipe.role == "teacher":
+                sources[recipe.cell][recipe.name] = recipe
+        for recipe in recipes:
+            check_recipe(recipe, self._where(recipe), sources[recipe.cell], self.variants)
         check_places(recipes, self._where)
         check_rounding(recipes, self.file)
         ordered = {cell: tuple(self._order(cell, table)) for cell in self.cells}
@@ -123,7 +130,7 @@ class Resolver:
             seeds = msgspec.convert(seeds, kind)
         except msgspec.ValidationError as error:
             raise StudyError(
-                f"{self.file}: {where}: {seeds!r} given; a list of different whole "
+                f"{self.file}: {where}: {seeds!r:.200} given; a list of different whole "
                 f"numbers from 0 expected ({error})"
             ) from None
         if len(set(seeds)) < len(seeds):
@@ -139,6 +146,8 @@ class Resolver:
         own = dict(group[name])
         if where in seen:
             raise StudyError(f"{self.file}: {where}.from: a cycle: {' -> '.join((*seen, where))}")
+        if len(seen) > MOST_ABOVE:
+            raise StudyError(f"{self.file}: {where}.from: the last of over {MOST_ABOVE} in a row")
         origin = own.pop("from", None)
         if origin is None:
             return [(where, own)]
@@ -180,7 +189,7 @@ class Resolver:
                         f"{list(self.seeds)}"
                     )
             for path in layered.add(own, where):
-                if role == "student" and any(_overlap(path, f) for f in fixed):
+                if role == "student" and any(overlap(path, f) for f in fixed):
                     raise StudyError(
                         f"{self.file}: {where}.{path}: cell {cell!r} sets this key, so "
                         "no variant may; only sources override a cell"
@@ -259,7 +268,7 @@ class Resolver:
 
     def _order(self, cell: str, table: Mapping[tuple[str, str], Recipe]) -> Iterator[Recipe]:
         """Sources before their users, otherwise in the file's order. Raises on a cycle."""
-        done: set[str] = set()
+        done: dict[str, int] = {}  # with how many stand above each, one above the other
 
         def visit(name: str, above: tuple[str, ...]) -> Iterator[Recipe]:
             if name in above:
@@ -271,14 +280,17 @@ class Resolver:
             recipe = table[name, cell]
             consulted = [n for m in settings_of(recipe.measure, recipe.factors, recipe.role)
                          for n in m.consults]  # fmt: skip
-            for other in (*references(recipe.factors).values(), *recipe.charge, *consulted):
+            others = (*references(recipe.factors).values(), *recipe.charge, *consulted)
+            for other in others:
                 if lacking := set(recipe.seeds) - set(table[other, cell].seeds):
                     raise StudyError(
                         f"{self._where(table[other, cell])}.seeds: without {min(lacking)}, with "
                         f"which {name!r} needs it"
                     )
                 yield from visit(other, (*above, name))
-            done.add(name)
+            done[name] = 1 + max((done[other] for other in others), default=0)
+            if max(done[name], len(above)) > MOST_ABOVE:
+                raise StudyError(f"{self._where(recipe)}: over {MOST_ABOVE} sources in a row")
             yield recipe
 
         for name in (*self.sources, *self.variants):
@@ -334,8 +346,3 @@ class Resolver:
                 check_primary(primary, side, layered.where)
             result[cell] = primary
         return result
-
-
-def _overlap(a: str, b: str) -> bool:
-    """Whether one key path is the other or stands above it."""
-    return a == b or a.startswith(b + ".") or b.startswith(a + ".")

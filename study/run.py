@@ -18,7 +18,7 @@ from rich.console import Console
 
 from study.cluster import Queue, submit
 from study.domains import check_extractors
-from study.errors import StudyError, nearest
+from study.errors import StudyError, nearest, printable
 from study.forecast import forecast
 from study.launch import Launcher, devices
 from study.places import present, weights_file
@@ -185,9 +185,9 @@ def show_plan(console: Console, store: Store, wanted: list[Run]) -> None:
         highlight=False,
     )
     if new and (expected := forecast(store, new)):
-        console.print(expected, highlight=False)
+        console.print(printable(expected), highlight=False, markup=False)
     for path in store.orphans:
-        console.print(f"  not asked for: {path}", highlight=False)
+        console.print(f"  not asked for: {printable(str(path))}", highlight=False, markup=False)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -246,16 +246,19 @@ def summary(console: Console, store: Store, wanted: list[Run]) -> int:
         folder = store.folders[run.id]
         if states[run.id] == "failed":
             console.print(
-                f"failed: {label(run)}: {folder.reason()}\n  log: {folder.file('log.txt')}\n"
+                f"failed: {label(run)}: {printable(folder.reason())}\n"
+                f"  log: {folder.file('log.txt')}\n"
                 "  --retry tries it again",
                 highlight=False,
                 markup=False,
                 soft_wrap=True,
             )
         elif (folder.trained or {}).get("outcome") == "diverged":
-            console.print(f"diverged: {label(run)}: {folder.trained['reason']}", highlight=False)
+            why = printable(str(folder.trained["reason"]))
+            console.print(f"diverged: {label(run)}: {why}", highlight=False, markup=False)
         elif run.id in blocked:
-            console.print(f"blocked: {label(run)}: {blocked[run.id]}", highlight=False)
+            why = printable(blocked[run.id])
+            console.print(f"blocked: {label(run)}: {why}", highlight=False, markup=False)
     for line in queue.lines(states):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(

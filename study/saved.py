@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import msgspec
 import torch
@@ -18,12 +18,21 @@ from study.errors import StudyError, nearest
 from study.evaluate import CHUNK
 from study.factors import Denoising, Factors, Objective, Sigma
 from study.identity import SCHEMA
+from study.limits import check_sample
 from study.mixtures import Density
 from study.models import function_of
 from study.store import Folder, read_json
+from study.subjects import FittedMixture, Mixture
 from study.weights import snapshot_at
 
-MOST = 4096  # pixels a side, or numbers of a vector
+MOST = 1024  # pixels a side, or numbers of a vector
+
+
+class Known(TypedDict):
+    """What is read of run.json."""
+
+    schema: int
+    factors: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -49,8 +58,11 @@ class Saved:
     def function(self, device: torch.device, most: int = CHUNK) -> Function:
         """D(x_t, t) or f(x_t, t) on the device, on a GPU in batches of `most` at the most."""
         head = any(name.startswith("head.") for name in self.weights)
-        net = networks.build(self.network, self.shape, 0.0, 0, "", self.precision, head)
         outside = interop.Outside(self.where, self.weights)
+        with torch.device("meta"):  # the file may describe a network of any size
+            shapes = networks.made(self.network, self.shape, 0.0, self.precision, head)
+        interop.fit(outside, shapes)
+        net = networks.build(self.network, self.shape, 0.0, 0, "", self.precision, head)
         net.load_state_dict(interop.fit(outside, net))
         return function_of(net, self.objective, self.sigma, device, min(self.rows, most))
 
@@ -71,26 +83,33 @@ def load(path: Path, at: float, ema: str | None) -> Saved:
 
 def _from_run(path: Path, at: float, ema: str | None) -> Saved:
     """A run's snapshot."""
-    known, folder = read_json(path / "run.json"), Folder(path)
+    known, folder = read_json(path / "run.json", Known), Folder(path)
     if known is None:
         raise StudyError(f"{path}: no run.json in it; a run's folder (results/STUDY/runs/...) or "
                          "a file of weights expected")  # fmt: skip
     if known.get("schema") != SCHEMA:
         raise StudyError(f"{path}: run.json: schema {known.get('schema')!r}; allowed: {SCHEMA}")
-    if known["factors"]["objective"]["kind"] == "fixed_point":
+    if (known["factors"].get("objective") or {}).get("kind") == "fixed_point":
         raise StudyError(f"{path}: a fixed point is computed; it has no weights")
-    try:
-        recipe = msgspec.convert(known["factors"], Factors)
-    except msgspec.ValidationError as error:
-        raise StudyError(f"{path}: run.json is of another version: {error}") from None
     trained = folder.trained
     if trained is None:
         raise StudyError(f"{path}: not trained yet; the command that starts its study goes on")
+    try:
+        recipe = msgspec.convert(known["factors"], Factors)
+        levels = msgspec.to_builtins(recipe.sigma) | {"data": trained.get("sigma_data")}
+        sigma = msgspec.convert(levels, Sigma)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise StudyError(f"{path}: run.json is of another version: {error}") from None
+    if isinstance(recipe.data, Mixture | FittedMixture):
+        check_sample(recipe.data, f"{path}: run.json")
     points = [s["at"] for s in trained["snapshots"]]
     if at not in points:
         raise StudyError(f"{path}: --at {at:g}: no such snapshot; {nearest(at, points)}")
     snapshot = snapshot_at(folder, at)
-    sets = {**snapshot["ema"], "raw": snapshot["raw"]}
+    try:
+        sets = {**snapshot["ema"], "raw": snapshot["raw"]}
+    except (KeyError, TypeError, IndexError):
+        raise StudyError(f"{path}: its snapshot is not what training writes") from None
     chosen = ema or str(recipe.weights_ema[0])
     if chosen not in sets:
         raise StudyError(f"{path}: --ema {chosen}: no such average; {nearest(chosen, sets)}")
@@ -101,10 +120,10 @@ def _from_run(path: Path, at: float, ema: str | None) -> Saved:
         shape, vectors = dataset.shape, not dataset.images
     return Saved(
         path,
-        sets[chosen],
+        interop.tensors(sets[chosen], path),
         recipe.network,
         recipe.objective,
-        msgspec.structs.replace(recipe.sigma, data=trained["sigma_data"]),
+        sigma,
         shape,
         recipe.precision,
         min(recipe.batch, CHUNK),
@@ -120,8 +139,10 @@ def _from_file(path: Path, ema: str | None) -> Saved:
             f"{path}: it does not say what network its weights are of; name it as a run's first "
             "weights (init: {weights: PATH}), whose study says so"
         )
-    if len(outside.shape) not in (1, 3) or not all(0 < n <= MOST for n in outside.shape):
+    if len(outside.shape) not in (1, 3) or not all(0 < n <= MOST for n in outside.shape[-2:]):
         raise StudyError(f"{path}: x of shape {outside.shape}; (d,) or (C, S, S) up to {MOST}")
+    if outside.shape[2:] and (outside.shape[0] not in (1, 3) or len({*outside.shape[1:]}) > 1):
+        raise StudyError(f"{path}: x of shape {outside.shape}; square grey or RGB images expected")
     sigma, known = Sigma(), outside.sigma
     low, high = max(sigma.min, known.get("min", 0)), min(sigma.max, known.get("max", sigma.max))
     levels: dict[str, Any] = {**known, "min": low, "max": high}

@@ -12,17 +12,74 @@ import json
 import os
 import socket
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
+import msgspec
 from filelock import FileLock, Timeout
 
+from study.bounded import check_entries, content, decoded, inside
 from study.errors import StudyError
 from study.spec import Run, Study
 
 ENDED_WELL = ("done", "stopped")
+FILES = ("attempts.jsonl", "lock", "log.txt", "run.json", "samples.png", "state.pt", "steps.jsonl",
+         "trained.json")  # fmt: skip
+FOLDERS = ("measures", "snapshots")
+REMOVE = "; remove it to have it made again"
+
+
+class Snapshot(TypedDict):
+    """A snapshot in trained.json; file: null where there are no weights."""
+
+    at: float
+    images: int
+    file: NotRequired[str | None]
+
+
+class Cost(TypedDict):
+    """What is read of a spend."""
+
+    images: int
+    seconds: float
+
+
+class Trained(TypedDict):
+    """trained.json, whose other keys are free."""
+
+    id: str
+    outcome: Literal["trained", "diverged"]
+    reason: str | None
+    spend: Cost
+    snapshots: list[Snapshot]
+    sha256: dict[str, str]
+    data_digest: str
+    inputs: dict[str, str]
+    sigma_data: NotRequired[float]
+    shape: NotRequired[list[int]]
+
+
+class Measured(TypedDict):
+    """A measurement; its values are free."""
+
+    id: str
+    settings: dict[str, Any]
+
+
+class Attempt(TypedDict):
+    """A row of attempts.jsonl; that of an end has its reason."""
+
+    event: Literal["start", "end"]
+    reason: NotRequired[str]
+
+
+class Step(TypedDict):
+    """What is read of a row of steps.jsonl."""
+
+    images: int
+    loss: float
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -43,28 +100,29 @@ def write_json(path: Path, value: object) -> None:
     write_bytes(path, json.dumps(value, indent=1, allow_nan=False).encode() + b"\n")
 
 
-def read_json(path: Path) -> Any | None:  # noqa: ANN401
-    """The file's value, or None where there is no such file. Raises StudyError on a torn one."""
+def read_json(path: Path, shape: Any = Any) -> Any | None:  # noqa: ANN401
+    """The file's value, or None where there is no such file. Raises StudyError on a torn one, and
+    on a value of another shape."""
+    data = content(path)
     try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise StudyError(
-            f"{path}: not readable as JSON ({error}); remove it to have it made again"
-        ) from None
+        return None if data is None else decoded(data, shape, str(path))
+    except StudyError as error:
+        raise StudyError(f"{error}{REMOVE}") from None
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The rows of a line log; a line that a crash cut short is left out."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
-        return []
+def read_lines(path: Path, shape: Any = dict) -> list[dict]:  # noqa: ANN401
+    """The rows of a line log; a line that a crash cut short is left out. Raises StudyError on one
+    that is whole and of another shape."""
     rows = []
-    for line in lines:
-        with suppress(ValueError):  # a torn line: what it would have said is lost
-            rows.append(json.loads(line))
+    for number, line in enumerate((content(path) or b"").splitlines(), start=1):
+        try:
+            rows.append(msgspec.json.decode(line))
+        except (ValueError, RecursionError):  # torn: what it would have said is lost
+            continue
+        try:
+            msgspec.convert(rows[-1], shape)
+        except msgspec.ValidationError as error:
+            raise StudyError(f"{path}: line {number}: {error}; remove the line") from None
     return rows
 
 
@@ -102,11 +160,22 @@ class Folder:
     @property
     def trained(self) -> dict | None:
         """trained.json, or None while training is not finished. Raises StudyError if torn."""
-        path = self.file("trained.json")
-        value = read_json(path)
-        if value is not None and not (isinstance(value, dict) and "outcome" in value):
-            raise StudyError(f"{path}: not what training writes; remove it to have it made again")
-        return value
+        return read_json(self.file("trained.json"), Trained)
+
+    def digest(self, name: str) -> str:
+        """SHA-256 that training wrote of one of its files. Raises StudyError where it did not."""
+        known = (self.trained or {"sha256": {}})["sha256"]
+        if name not in known:
+            raise StudyError(f"{self.file('trained.json')}: no SHA-256 of {name}")
+        return known[name]
+
+    def _trained(self, run: Run) -> dict | None:
+        """The same, once it is found to be this run's."""
+        trained = self.trained
+        if trained and trained["id"] != run.id:
+            path = self.file("trained.json")
+            raise StudyError(f"{path}: belongs to run {trained['id']!r}, not to {run.id}{REMOVE}")
+        return trained
 
     def create(self, run: Run, identity: Mapping[str, object]) -> None:
         """Makes the folder; run.json is written first and never changed."""
@@ -114,7 +183,7 @@ class Folder:
         self.file("measures").mkdir(exist_ok=True)
         for stale in (*self.path.glob(".*"), *self.path.glob("*/.*")):
             stale.unlink()  # left by a killed writer: we hold the lock, so nobody is writing
-        known = read_json(self.file("run.json"))
+        known = read_json(self.file("run.json"), dict)
         if known is None:
             write_json(self.file("run.json"), identity)
         elif known.get("id") != run.id:
@@ -153,7 +222,7 @@ class Folder:
 
         thorough: a measurement that cannot be read is due again.
         """
-        trained = self.trained
+        trained = self._trained(run)
         if trained is None or trained["outcome"] != "trained":
             return []
         points = {s["at"] for s in trained["snapshots"]}
@@ -163,18 +232,19 @@ class Folder:
             m
             for m in run.measures
             if m.at in points
-            and (m.file not in there or (thorough and not self._readable(m.file)))
+            and (m.file not in there or (thorough and not self._readable(run, m.file)))
         ]
 
-    def _readable(self, measurement: str) -> bool:
+    def _readable(self, run: Run, measurement: str) -> bool:
         try:
-            return read_json(self.file(f"measures/{measurement}")) is not None
-        except StudyError:
+            found = read_json(self.file(f"measures/{measurement}"), Measured)
+        except StudyError:  # it is made again
             return False
+        return found is not None and found["id"] == run.id
 
     def complete(self, run: Run, thorough: bool = False) -> bool:
         """Whether training has ended and everything asked of its snapshots is there."""
-        trained = self.trained
+        trained = self._trained(run)
         return trained is not None and (
             trained["outcome"] == "diverged"
             or (not self.due(run, thorough) and self.file("samples.png").exists())
@@ -188,21 +258,25 @@ class Folder:
             return "done"
         if self.locked:
             return "running"
-        attempts = read_lines(self.file("attempts.jsonl"))
+        attempts = read_lines(self.file("attempts.jsonl"), Attempt)
         if not attempts:
             return "pending"
         last = attempts[-1]
-        failed = last["event"] == "end" and last["reason"] not in ENDED_WELL
+        failed = last["event"] == "end" and last.get("reason") not in ENDED_WELL
         return "failed" if failed else "interrupted"
 
     def progress(self) -> dict | None:
-        """The last row of steps.jsonl: how far training is."""
-        rows = read_lines(self.file("steps.jsonl"))
+        """The last row of steps.jsonl: how far training is. None where that can't be said: it is
+        only shown, and the run that goes on from there says why."""
+        try:
+            rows = read_lines(self.file("steps.jsonl"), Step)
+        except StudyError:
+            return None
         return rows[-1] if rows else None
 
     def reason(self) -> str:
         """Why the last attempt ended."""
-        return read_lines(self.file("attempts.jsonl"))[-1].get("reason", "")
+        return read_lines(self.file("attempts.jsonl"), Attempt)[-1].get("reason", "")
 
 
 class Store:
@@ -211,12 +285,24 @@ class Store:
     def __init__(self, results: Path, study: Study) -> None:
         self.path, self.study = results / study.name, study
         runs = self.path / "runs"
-        existing = {p.name.rpartition("-")[2]: p for p in sorted(runs.glob("*-*"))}
+        inside(self.path, results)
+        check_entries(self.path, results, folders=("runs",))
+        existing: dict[str, Path] = {}
+        for path in sorted(runs.glob("*-*")):
+            name = path.name.rpartition("-")[2]
+            other = existing.setdefault(name, path)
+            if name in study.unique and other != path:
+                raise StudyError(f"{path}: {other.name} is of the same run, {name}; remove one")
         self.folders = {
             run.id: Folder(existing.get(run.id, runs / run.folder))
             for run in study.unique.values()
         }
         self.orphans = [p for i, p in existing.items() if i not in self.folders]
+        for folder in (f.path for i, f in self.folders.items() if i in existing):
+            inside(folder, results)
+            check_entries(folder, results, FILES, FOLDERS)
+            for name in FOLDERS:
+                check_entries(folder / name, results)
 
     def write_study(self, source: Path) -> None:
         """study.yaml as given and study.json as resolved, folders by the names they have."""

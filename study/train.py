@@ -23,7 +23,7 @@ from study.meaning import ignored
 from study.models import Lookup, initial, level_range
 from study.settings import snapshot_points
 from study.spec import Run
-from study.store import Folder, append_line, read_lines, sha256, write_bytes, write_json
+from study.store import Folder, Step, append_line, read_lines, sha256, write_bytes, write_json
 from study.student import Student
 from study.weights import digest, load_tensors, save_tensors, snapshot_name
 
@@ -147,7 +147,7 @@ def train(
                 )
         student.restore(state)
         spend = msgspec.convert(state["spend"], Spend)
-    rows = [row for row in read_lines(log) if row["images"] <= spend.images]
+    rows = [row for row in read_lines(log, Step) if row["images"] <= spend.images]
     write_bytes(log, "".join(msgspec.json.encode(row).decode() + "\n" for row in rows).encode())
 
     def save() -> None:

@@ -10,13 +10,13 @@ import hashlib
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from study.bounded import packed
 from study.errors import StudyError
 from study.store import Folder, sha256, write_bytes
 
@@ -38,11 +38,15 @@ def average(
 
 
 def load_tensors(path: Path) -> Any:  # noqa: ANN401
-    """A file of tensors, read without executing anything. Raises StudyError on a torn one."""
+    """A file of tensors, read without executing anything. Raises StudyError on a torn one, and on
+    a packed one, which could come to any size."""
     try:
+        if packed(path):
+            raise ValueError("packed, as torch writes no file of weights")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, LookupError, UnpicklingError) as error:
-        raise StudyError(f"{path}: cannot be read as weights: {error}") from None
+    except Exception as error:  # a torn or forged file leads its reader to raise anything
+        told = str(error) or repr(error)
+        raise StudyError(f"{path}: cannot be read as weights: {told:.1000}") from None
 
 
 def save_tensors(path: Path, value: object) -> None:
@@ -70,7 +74,7 @@ def snapshot_at(folder: Folder, at: float) -> dict[str, Any]:
     path = folder.file(snapshot_name(at))
     if not path.exists():
         raise StudyError(f"{path}: gone; without weights nothing can be re-measured or built on")
-    if sha256(path) != folder.trained["sha256"][snapshot_name(at)]:
+    if sha256(path) != folder.digest(snapshot_name(at)):
         raise StudyError(f"{path}: not the file that training wrote (its SHA-256 has changed)")
     return load_tensors(path)
 

@@ -41,6 +41,14 @@ def read(folder: Path, text: str = TWO_MODES, sets: tuple[str, ...] = ()) -> Stu
     return load(write(folder, text), sets)
 
 
+def trained(name: str, **changes: object) -> dict:
+    """What training writes into trained.json of the run of this id, with one snapshot."""
+    return {
+        "id": name, "outcome": "trained", "reason": None,
+        "spend": {"images": 1280, "seconds": 1.0}, "snapshots": [{"at": 1.0, "images": 1280}],
+        "sha256": {}, "data_digest": "0" * 16, "inputs": {}, **changes}  # fmt: skip
+
+
 def replaced(old: str, new: str) -> str:
     """TWO_MODES with one piece of text replaced; it must be there."""
     assert old in TWO_MODES, old

@@ -97,7 +97,7 @@ def test_damage_is_named(damaged: Path) -> None:
     assert "out of memory" in text
     for part in ("run.json: cannot be read", "measures/0.250-fid-",
                  "trained.json: cannot be read: Expected `object`",
-                 "attempts.jsonl: line 3 cannot be read"):
+                 "attempts.jsonl: line 3: cannot be read"):
         assert part in text.split("files could not be read")[1]
     assert "self_pretrain, digits, seed 5" in text and "not started" in text
 

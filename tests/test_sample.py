@@ -168,7 +168,7 @@ def test_a_file_says_what_its_weights_are_of(
     assert np.load(tmp_path / "x.npy").shape == (2048, 2)
     found, model = interop.read(file), load(file, 1.0, None)
     refused = [({"kind": "nothing"}, (2,), "is unknown here"),
-               (found.network, (1, 2, 10**9), "(C, S, S) up to 4096"),
+               (found.network, (1, 2, 10**9), "(C, S, S) up to 1024"),
                (found.network, (3,), "inp.weight (16, 2), here (16, 3)")]  # fmt: skip
     for network, shape, said in refused:
         interop.write(file, found.tensors, network, found.objective, model.sigma, shape, "float32")

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from studies import read
+from studies import read, trained
 
 from study.errors import StudyError
 from study.store import Folder, Store, append_line, read_json, read_lines, write_bytes, write_json
@@ -79,8 +79,7 @@ def test_state_follows_from_the_files(tmp_path: Path) -> None:
     append_line(folder.file("attempts.jsonl"), {"event": "end", "reason": "disk full"})
     assert folder.state(run) == "failed" and folder.reason() == "disk full"
     append_line(folder.file("attempts.jsonl"), {"event": "start"})
-    write_json(folder.file("trained.json"), {
-        "outcome": "trained", "snapshots": [{"at": 1.0, "images": 1280}]})  # fmt: skip
+    write_json(folder.file("trained.json"), trained(run.id))
     # what is asked at 0.5 has no snapshot: not measured, and not waited for
     asked = [m for m in run.measures if m.at == 1.0]
     assert folder.due(run) == asked and len(asked) < len(run.measures)
@@ -119,8 +118,7 @@ def test_a_run_without_its_measures_folder_is_measured_again(tmp_path: Path) -> 
     run = read(tmp_path).runs[-1]
     folder = Folder(tmp_path / "run")
     folder.path.mkdir()
-    write_json(folder.file("trained.json"), {
-        "outcome": "trained", "snapshots": [{"at": 1.0, "images": 1280}]})  # fmt: skip
+    write_json(folder.file("trained.json"), trained(run.id))
     assert folder.due(run)
     write_json(folder.file("trained.json"), {})
     with pytest.raises(StudyError, match="trained.json"):

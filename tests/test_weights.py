@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from studies import trained
 
 from study.errors import StudyError
 from study.store import Folder, sha256, write_json
@@ -56,7 +57,7 @@ def test_files_round_trip(tmp_path: Path) -> None:
     path = folder.file(snapshot_name(0.25))
     save_tensors(path, {"raw": {"w": torch.zeros(3)}, "ema": emas})
     digests = {snapshot_name(0.25): sha256(path)}
-    write_json(folder.file("trained.json"), {"outcome": "trained", "sha256": digests})
+    write_json(folder.file("trained.json"), trained("0123456789", sha256=digests))
     assert torch.equal(weights_at(folder, 0.25, 0.1)["w"], emas["0.1"]["w"])
     assert [p.name for p in (tmp_path / "snapshots").iterdir()] == ["0.250.pt"]
     emas["0.1"]["w"] += 1
