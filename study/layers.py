@@ -281,9 +281,29 @@ def convert(value: Any, kind: Any, where: typing.Callable[[str], str]) -> Any:  
         part, given = path.rstrip("`"), value
         for step in re.findall(r"\.(\w+)|\[(\d+)\]", part):
             given = given[step[0]] if step[0] else given[int(step[1])]
+        if options := _literals(kind, part):
+            reason = nearest(given, options)
+        elif reason.startswith("Expected `array`") and isinstance(given, str | int | float):
+            reason = f"a list expected: [{given}]"
         raise StudyError(
             f"{where(part)}: {given!r:.200} given; {reason[0].lower()}{reason[1:]}"
         ) from None
+
+
+def _literals(kind: Any, part: str) -> list[str]:  # noqa: ANN401
+    """The words allowed at a part of a value of this type; none where it is not one of a few."""
+
+    def bare(kind: Any) -> Any:  # noqa: ANN401
+        return typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
+
+    for name, _ in re.findall(r"\.(\w+)|\[(\d+)\]", part):
+        kind = bare(kind)
+        if not name:
+            kind = next(iter(typing.get_args(kind)), None)
+        elif isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+            kind = typing.get_type_hints(kind, include_extras=True).get(name)
+    kind = bare(kind)
+    return list(typing.get_args(kind)) if typing.get_origin(kind) is typing.Literal else []
 
 
 def tags(kind: Any) -> dict[str, type]:  # noqa: ANN401

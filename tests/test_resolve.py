@@ -336,3 +336,19 @@ def test_comparisons_beside_the_primary_change_no_run(tmp_path: Path) -> None:
     assert (plain.compare, named.compare) == ((), (("cd", "ct"),))
     assert [r.id for r in plain.runs] == [r.id for r in named.runs]
     assert named.as_json() == plain.as_json() | {"compare": (("cd", "ct"),)}
+
+
+@pytest.mark.parametrize(("change", "told"), [
+    ("base.augment=flipp", "base.augment: 'flipp' given; did you mean 'flip'"),
+    ("base.precision=half", "base.precision: 'half' given; allowed: bfloat16, float32"),
+    ("base.weights_ema=0.1", r"base.weights_ema: 0.1 given; a list expected: \[0.1\]"),
+    ("measure.fid={extractor: digits-cnn, samples: 9, reference: [trian]}",
+     r"measure.fid.reference\[0\]: 'trian' given; did you mean 'train'"),
+    ("variants.ct.score={kind: blend, alpha: 1, beta: 1, residual: gauss}",
+     "variants.ct.score.residual: 'gauss' given; did you mean 'gaussian'"),
+])  # fmt: skip
+def test_one_of_a_few_words_is_told_with_the_others(
+    change: str, told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(StudyError, match=told):
+        read(tmp_path, sets=(change,))
