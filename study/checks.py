@@ -6,7 +6,15 @@ import math
 from collections.abc import Mapping
 
 from study.budget import snapshot_images
-from study.domains import CHANNELS, SIDE, Where, check_extractors, images_in, references_in
+from study.domains import (
+    CHANNELS,
+    SIDE,
+    Where,
+    check_counts,
+    check_extractors,
+    images_in,
+    references_in,
+)
 from study.errors import StudyError, nearest
 from study.extractors.names import check_extractor
 from study.factors import (
@@ -290,17 +298,7 @@ def check_measure(measure: Measure, factors: Factors, where: Where) -> None:
         )
     if (ask := measure.gradient_slopes) and len(set(ask.N)) < len(ask.N):
         raise StudyError(f"{where('gradient_slopes')}: N {list(ask.N)} names one twice")
-    parts = images_in(data)
-    for metric in ("fid", *IN_FEATURES, "memorisation"):
-        ask = filled(measure, metric)
-        against = {"coverage": ("train",), "memorisation": tuple(parts)}.get(metric)
-        for part in (against or ask.reference) if ask else ():
-            if ask.samples > parts[part]:
-                more = "" if against or part == "train" else "; or say reference: [train]"
-                raise StudyError(
-                    f"{where(metric)}: {ask.samples} samples; it compares equal numbers, and "
-                    f"{kind} has {parts[part]} images in {part} to compare with{more}"
-                )
+    check_counts(measure, images_in(data), kind, where)
 
 
 def check_primary(primary: Primary, recipe: Recipe, where: Where) -> None:

@@ -3,12 +3,12 @@ extractor fits and how many references there are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from study.errors import StudyError
 from study.factors import Factors
 from study.metrics import Measure
-from study.settings import IN_FEATURES
+from study.settings import IN_FEATURES, filled
 from study.subjects import Data, FittedMixture, Images, Mixture
 
 # images of each data set's smaller part, and of the part that is trained on
@@ -54,3 +54,17 @@ def check_extractors(measure: Measure, image: tuple[int, int], data: str, where:
                 f"{where(metric)}: {name} is not an extractor for {data}: it takes {allowed} "
                 f"images, and those are {found}"
             )
+
+
+def check_counts(measure: Measure, parts: Mapping[str, int], data: str, where: Where) -> None:
+    """No more samples are asked for than there are images of each part to compare them with."""
+    for metric in ("fid", *IN_FEATURES, "memorisation"):
+        ask = filled(measure, metric)
+        against = {"coverage": ("train",), "memorisation": tuple(parts)}.get(metric)
+        for part in (against or ask.reference) if ask else ():
+            if ask.samples > parts[part]:
+                more = "" if against or part == "train" else "; or say reference: [train]"
+                raise StudyError(
+                    f"{where(metric)}: {ask.samples} samples; it compares equal numbers, and "
+                    f"{data} has {parts[part]} images in {part} to compare with{more}"
+                )

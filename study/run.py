@@ -17,8 +17,9 @@ from pathlib import Path
 from rich.console import Console
 
 from study.cluster import Queue, submit
-from study.domains import check_extractors
+from study.domains import check_counts, check_extractors
 from study.errors import StudyError, nearest, printable
+from study.extractors.names import is_inception
 from study.forecast import forecast
 from study.launch import Launcher, devices
 from study.places import present, weights_file
@@ -124,7 +125,8 @@ def chosen(study: Study, patterns: list[str]) -> list[Run]:
 
 
 def fetch_data(study: Study) -> None:
-    """Finds or downloads files that the data need, once, before any process asks for them."""
+    """Finds or downloads files that data and extractors need, once, before any process asks for
+    them."""
     for data in {r.recipe.factors.data for r in study.runs}:
         data = getattr(data, "of", data)  # a fitted mixture reads the images it is fitted to
         if isinstance(data, FashionMnist):
@@ -138,12 +140,20 @@ def fetch_data(study: Study) -> None:
         elif isinstance(data, Images):
             from study import folder
 
-            images = folder.load(Path(data.root), data.held_out)["train"][0]
-            image = images.shape[3], images.shape[1]  # known only now, unlike other data's
+            # what is known only now, unlike other data's
+            parts = {k: v[0] for k, v in folder.load(Path(data.root), data.held_out).items()}
+            image, counts = parts["train"].shape[:0:-2], {k: len(v) for k, v in parts.items()}
             for recipe in study.recipes:
                 if recipe.factors.data == data:
                     where = f"{study.name}: cell {recipe.cell}: measure.{{}}".format
                     check_extractors(recipe.measure, image, data.root, where)
+                    check_counts(recipe.measure, counts, data.root, where)
+    asked = {(m.record.get("extractor", ""), m.weights) for r in study.runs for m in r.measures}
+    for identity, weights in asked:
+        if is_inception(identity):
+            from study.extractors import inception
+
+            inception.load(identity, weights)
 
 
 def check_weights(store: Store, wanted: list[Run], thorough: bool) -> None:

@@ -500,3 +500,36 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     for given in ("", "relative/folder"):
         monkeypatch.setenv("XDG_CACHE_HOME", given)
         assert folder.cache_folder() == Path("/home/someone/.cache/consistency-gap")
+
+
+def test_more_samples_than_images_and_unreadable_weights_are_told_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from study.run import main
+
+    for i in range(12):
+        file = tmp_path / "images" / f"{i}.png"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(encoded(pixels(i)))
+    (tmp_path / "text.pth").write_text("no weights")
+    study = tmp_path / "mine.yaml"
+    study.write_text(f"""
+base:
+  data: {{kind: images, root: {tmp_path / 'images'}, held_out: 4}}
+  network: {{kind: unet, width: 4, levels: 1}}
+  budget: {{images: 16}}
+  batch: 8
+variants: {{ct: {{}}}}
+measure: {{at: [1.0]}}
+""")
+    ask = "measure.fid={{extractor: inception-v3-compat, samples: {}, reference: [train], "
+    ask += "weights: {}}}"
+    for samples, said in (
+        (9, "cell mine: measure.fid: 9 samples; it compares equal numbers, and"),
+        (8, f"{tmp_path / 'text.pth'}: cannot be read as weights"),
+    ):
+        words = ["--results", str(tmp_path / "results"), "--device", "cpu"]
+        given = ask.format(samples, tmp_path / "text.pth")
+        assert main([str(study), *words, "--set", given]) == 2
+        assert said in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.glob("results/*/runs/*"))
