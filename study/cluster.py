@@ -15,18 +15,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
-import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import msgspec
 from rich.console import Console
@@ -37,11 +34,11 @@ from study.launch import Launcher, devices
 from study.layers import read_yaml
 from study.pinned import code, pin
 from study.progress import Display, label
+from study.queued import FOLDER, Queue, asked, limit
 from study.resolve import load
 from study.spec import Run
-from study.store import Store, now, read_json, write_json
+from study.store import Store, now, write_json
 
-FOLDER = "slurm"  # in results/STUDY
 REQUEUES = 100  # after a time limit; a run that can't finish a step within one ends
 TIME, SHARE = 240, 30.0  # minutes: a job's limit, and the work it is given
 SHORTEST = 15  # minutes; submitit takes a preempted job of less than 10 or so for timed out
@@ -49,7 +46,6 @@ SLOW = 1000.0  # images a second where nothing is known: fewer runs share a job 
 ARRAY = 1000  # jobs of an array where Slurm does not say; its own default is 1001
 OURS = ("dependency", "nodes", "ntasks_per_node", "use_srun")  # one process on one node
 GPU_KEYS = ("gpus_per_node", "gpus_per_task", "num_gpus", "gres")
-SECONDS = 60  # that a question to Slurm may take
 
 
 @dataclass(frozen=True)
@@ -102,68 +98,6 @@ def _typed(text: str, kind: Any, where: str) -> Any:  # noqa: ANN401
         except msgspec.ValidationError as error:
             said = str(error)
     raise StudyError(f"{where}: {said}")
-
-
-def limit() -> int | None:
-    """How many jobs an array may have here; None where Slurm does not say."""
-    told = _asked("scontrol", "show", "config") or ""
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", told, re.MULTILINE)
-    return max(1, int(found[1])) if found else None
-
-
-def _asked(*words: str) -> str | None:
-    """What a Slurm command prints; None where there is no such command or it fails."""
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=SECONDS)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
-
-
-class Record(TypedDict):
-    """What is read of an array's record."""
-
-    time: str
-    jobs: list[list[str]]
-
-
-class Queue:
-    """What a study has submitted, by the records it left, and what of it Slurm still holds."""
-
-    def __init__(self, path: Path) -> None:
-        self.folder = path / FOLDER
-        self.job: dict[str, str] = {}  # the job that a run was last given to
-        records = [(p.stem, read_json(p, Record)) for p in self.folder.glob("[0-9]*.json")]
-        for array, record in sorted(records, key=lambda r: (r[1]["time"], int(r[0]))):
-            single = len(record["jobs"]) == 1  # such a job is no array
-            for i, ids in enumerate(record["jobs"]):
-                self.job |= dict.fromkeys(ids, array if single else f"{array}_{i}")
-        # a queue that can't be asked holds nothing, as far as anyone can say
-        words = "squeue", "--noheader", "--array", f"--user={os.geteuid()}", "--format=%i %T"
-        told = _asked(*words) if self.job else ""
-        self.known = told is not None
-        states = dict(line.split() for line in (told or "").splitlines() if line)
-        self.held = {run: states[job] for run, job in self.job.items() if job in states}
-
-    def log(self, job: str) -> Path:
-        """Where a job's output goes."""
-        return self.folder / f"{job}_0_log.out"
-
-    def lines(self, study_states: dict[str, str]) -> list[str]:
-        """A line for each job that Slurm holds, and for each that is gone and left work."""
-        runs: dict[str, list[str]] = {}
-        for run, job in self.job.items():
-            if study_states.get(run, "done") not in ("done", "failed"):
-                runs.setdefault(job, []).append(run)
-        lines = [] if self.known else ["squeue does not answer: what is queued is not known"]
-        for job, ids in runs.items():
-            state = self.held.get(ids[0])
-            count = f"{len(ids)} run{'s' * (len(ids) > 1)}"
-            if state:
-                lines.append(f"job {job}: {state.lower()}, {count} to do; log: {self.log(job)}")
-            elif self.known:
-                lines.append(f"job {job}: gone, {count} not done; log: {self.log(job)}")
-        return lines
 
 
 def arrays(
@@ -320,7 +254,7 @@ def _state() -> str:
     from submitit import JobEnvironment
 
     # ARRAY_INDEX: the plain number of an array's last job means the whole array to squeue
-    told = _asked("squeue", "--noheader", f"--jobs={JobEnvironment().job_id}", "--format=%T")
+    told = asked("squeue", "--noheader", f"--jobs={JobEnvironment().job_id}", "--format=%T")
     return (told or "unknown").strip()
 
 

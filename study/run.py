@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from study.cluster import Queue, submit
+from study.cluster import submit
 from study.domains import check_counts, check_extractors
 from study.errors import StudyError, nearest, printable
 from study.extractors.names import is_inception
@@ -24,6 +24,7 @@ from study.forecast import forecast
 from study.launch import Launcher, devices
 from study.places import present, weights_file
 from study.progress import Display, label, state_table
+from study.queued import Queue
 from study.resolve import load
 from study.spec import Run, Study
 from study.store import Store, sha256

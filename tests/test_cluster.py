@@ -18,8 +18,9 @@ import slurm
 from studies import TWO_MODES, content, read, replaced, write
 
 from study import cluster
-from study.cluster import FOLDER, Job, Queue, arrays, parameters
+from study.cluster import Job, arrays, parameters
 from study.pinned import code
+from study.queued import FOLDER, Queue
 from study.resolve import load
 from study.run import main
 from study.store import Folder, Store, read_json, read_lines, write_json

@@ -36,7 +36,7 @@ from studies import TWO_MODES, trained, write
 from test_cifar10 import array, batch, numbers
 
 from analysis import answer, factorial, ledger, load, report, tables
-from study import cifar10, fashion_mnist, folder, interop, reference, run
+from study import cifar10, fashion_mnist, folder, forecast, interop, reference, run
 from study.errors import StudyError
 from study.layers import read_yaml
 from study.resolve import load as resolved
@@ -282,8 +282,11 @@ def finished(base: Path) -> Path:
         write_bytes(place.file("samples.png"), png(7))
         points = [{"at": m.at, "images": 64, "file": "x"} for m in one.measures]
         write_json(place.file("trained.json"), trained(one.id, snapshots=points))
-    write_json(store.path / run.BENCH, {"device": "cpu", "recipes": {
-        "small/ct": {"seconds_per_image": 1e-3, "seconds_beside": 1.0}}})  # fmt: skip
+    ct = next(r for r in store.study.runs if r.recipe.name == "ct")
+    timed = {"step": forecast.sha(forecast.step_key(ct)), "seconds_per_image": 1e-3,
+             "first_update_seconds": 1.0, "measuring_seconds": None}  # fmt: skip
+    bench = {"device": "cpu", "code": "x", "recipes": {"small/ct": timed}}
+    write_json(store.path / forecast.BENCH, bench)
     return path
 
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 TORCH_FREE = ("errors", "values", "subjects", "factors", "metrics", "meaning",
               "identity", "layers", "settings", "spec", "domains", "checks",
               "resolve", "bounded", "limits", "store", "seeds", "budget", "launch",
-              "entry", "progress", "places", "pinned", "forecast", "cluster", "run",
+              "entry", "progress", "places", "pinned", "forecast", "queued", "cluster", "run",
               "sample")  # fmt: skip
 HEAVY = {"torch", "torchvision", "torch_fidelity", "sklearn"}
 
