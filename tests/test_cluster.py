@@ -425,7 +425,8 @@ def test_a_storm_changes_no_bit(real: Path, tmp_path: Path) -> None:
     assert set(store.states().values()) == {"done"}
     starts = [r for f in store.folders.values()
               for r in read_lines(f.file("attempts.jsonl")) if r["event"] == "start"]  # fmt: skip
-    assert len(starts) == 6 + 3 + len(reasons) // 2 - 1 and {r["code"] for r in starts} == {code()["code"]}
+    assert len(starts) == 6 + 3 + len(reasons) // 2 - 1
+    assert {r["code"] for r in starts} == {code()["code"]}
     local = tmp_path / "local"
     assert main([str(path), "--results", str(local), "--workers", "2"]) == 0
     assert content(tmp_path / "results") == content(local)
