@@ -370,7 +370,9 @@ def hold(stores: list[Store], names: set[str]) -> dict[str, Held]:
 
 
 def empty() -> bool:
-    return not slurm.asked("squeue", "--noheader")
+    """Whether Slurm says that it holds no job; no answer is no such word."""
+    done = subprocess.run(["squeue", "--noheader"], capture_output=True, check=False)
+    return done.returncode == 0 and not done.stdout.strip()
 
 
 def cli(path: Path, where: Path, *words: str) -> subprocess.CompletedProcess:
@@ -396,7 +398,8 @@ def test_a_storm_changes_no_bit(real: Path, tmp_path: Path) -> None:
     requeued, killed, cancelled, late = (held[name] for name in names)
     again = cli(path, ROOT)
     assert "0 runs to submit, 2 queued already, 4 running" in again.stdout, again.stdout
-    assert slurm.asked("scontrol", "update", f"JobId={late.job}", "TimeLimit=1") == ""
+    limit = ["scontrol", "update", f"JobId={late.job}"]
+    subprocess.run([*limit, "TimeLimit=1"], check=True)
     subprocess.run(["scontrol", "requeue", requeued.job], check=True)  # SIGCONT, then SIGTERM
     os.kill(killed.pid, signal.SIGKILL)
     subprocess.run(["scancel", cancelled.job], check=True)
@@ -404,11 +407,12 @@ def test_a_storm_changes_no_bit(real: Path, tmp_path: Path) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(late.pid, signal.SIGCONT)
     until(lambda: len(late.rows()) > 1)
-    until(lambda: not slurm.asked("scontrol", "update", f"JobId={late.job}", "TimeLimit=240"))
+    until(lambda: subprocess.run([*limit, "TimeLimit=240"], check=False).returncode == 0)
     until(empty)
     assert REQUEUES in late.log() and REQUEUES not in requeued.log()
-    for run in (requeued, late):
-        assert [r.get("reason") for r in run.rows()] == [None, "stopped", None, "done"]
+    assert [r.get("reason") for r in requeued.rows()] == [None, "stopped", None, "done"]
+    reasons = [r.get("reason") for r in late.rows()]  # on a busy machine it may be warned again
+    assert reasons[:2] == [None, "stopped"] and reasons[-1] == "done" and None not in reasons[1::2]
     assert [r.get("reason") for r in cancelled.rows()] == [None, "stopped"]
     assert [r["event"] for r in killed.rows()] == ["start"]
     left = {store.study.unique[i].folder.rpartition("-")[0]: s
@@ -422,7 +426,8 @@ def test_a_storm_changes_no_bit(real: Path, tmp_path: Path) -> None:
     assert set(store.states().values()) == {"done"}
     starts = [r for f in store.folders.values()
               for r in read_lines(f.file("attempts.jsonl")) if r["event"] == "start"]  # fmt: skip
-    assert len(starts) == 6 + 2 + 2 and {r["code"] for r in starts} == {code()["code"]}
+    assert len(starts) == 6 + 3 + len(reasons) // 2 - 1
+    assert {r["code"] for r in starts} == {code()["code"]}
     local = tmp_path / "local"
     assert main([str(path), "--results", str(local), "--workers", "2"]) == 0
     assert content(tmp_path / "results") == content(local)
