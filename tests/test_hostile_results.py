@@ -18,8 +18,9 @@ from studies import TWO_MODES, replaced, write
 
 from analysis import load, probes, report
 from study.errors import StudyError
+from study.forecast import BENCH
 from study.resolve import load as resolved
-from study.run import BENCH, main
+from study.run import main
 from study.sample import main as sample
 from study.store import Folder, Store, append_line, write_json
 
