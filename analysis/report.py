@@ -7,7 +7,6 @@ it stands on. The same run folders give the same bytes.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
@@ -257,7 +256,7 @@ def _provenance(study: Study) -> list[Block]:
     lines += [f"first weights: {name}, SHA-256 {digest[:16]} ({words.several(len(runs), 'run')})"
               for name, digests in study.files.items() for digest, runs in digests.items()]
     blocks: list[Block] = [Items(tuple(lines)),
-                           *_identities(study)]
+                           *sections.identities(study)]
     if len(study.missing):
         blocks += [Text("Not there of what is asked for: "
                         f"{words.several(len(study.missing), 'measurement')}:"),
@@ -269,17 +268,6 @@ def _provenance(study: Study) -> list[Block]:
         blocks += [Text(f"{words.several(len(study.problems), 'file')} could not be read:"),
                    Items(_some(study.problems))]
     return blocks
-
-
-def _identities(study: Study) -> list[Block]:
-    """What the measured values are, what all have in common said once."""
-    parts = [re.split(r", (?=\w+=)", what[:-1].replace("[", ", ", 1))
-             for what in study.measures.identity.unique()]
-    common = [p for p in parts[0] if all(p in other for other in parts)] if parts[1:] else []
-    lines = (", ".join(p for p in line if p not in common) for line in parts)
-    return [Text("Metric identities; only equal ones are compared or averaged"
-                 + (f"; all have {', '.join(common)}:" if common else ":")),
-            Items(tuple(lines) or ("none yet",))]
 
 
 def _trace(study: Study) -> list[Block]:

@@ -4,12 +4,13 @@ for the measurement."""
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 
 import pandas as pd
 
 from analysis import oracle, tables, trajectories
-from analysis.document import Block, Section, Table, Text
+from analysis.document import Block, Items, Section, Table, Text
 from analysis.instruments import compared
 from analysis.levels import (
     ERROR,
@@ -234,3 +235,14 @@ def _histogram(cell: str, rows: pd.DataFrame) -> list[Block]:
     return [Table(("percent of class", *(f"{c:g}" for c in classes)), tuple(body),
                   f"{cell}: shares of the classes that the extractor's classifier sees, means "
                   "over seeds.")]
+
+
+def identities(study: Study) -> list[Block]:
+    """What the measured values are, what all have in common said once."""
+    parts = [re.split(r", (?=\w+=)", what[:-1].replace("[", ", ", 1))
+             for what in study.measures.identity.unique()]
+    common = [p for p in parts[0] if all(p in other for other in parts)] if parts[1:] else []
+    lines = (", ".join(p for p in line if p not in common) for line in parts)
+    return [Text("Metric identities; only equal ones are compared or averaged"
+                 + (f"; all have {', '.join(common)}:" if common else ":")),
+            Items(tuple(lines) or ("none yet",))]

@@ -45,6 +45,9 @@ SHORTEST = 15  # minutes; submitit takes a preempted job of less than 10 or so f
 SLOW = 1000.0  # images a second where nothing is known: fewer runs share a job than might
 ARRAY = 1000  # jobs of an array where Slurm does not say; its own default is 1001
 OURS = ("dependency", "nodes", "ntasks_per_node", "use_srun")  # one process on one node
+SAFE = "export PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1"  # nothing but the copy is imported
+KEPT = ("array", "chdir", "dependency", "error", "job-name", "nodes", "ntasks", "ntasks-per-node",
+        "open-mode", "output", "signal", "time")  # fmt: skip
 GPU_KEYS = ("gpus_per_node", "gpus_per_task", "num_gpus", "gres")
 
 
@@ -86,6 +89,9 @@ def parameters(given: Iterable[str], device: str, name: str) -> dict[str, Any]:
         values["gpus_per_node"] = 1
     # a cluster may requeue only what asks for it
     more = values.get("additional_parameters") or {}
+    if taken := sorted(k for k in more if k.replace("_", "-") in KEPT):
+        raise StudyError(f"--slurm additional_parameters: {taken[0]}: --on slurm stands on a value"
+                         " of its own, or has a --slurm key for it")  # fmt: skip
     values["additional_parameters"] = {"requeue": True, **more}
     return values
 
@@ -172,7 +178,7 @@ def submit(
     todo = arrays(new, times, minutes, most or ARRAY, queue)
     home = _home(store.path, options)
     first = f"export PYTHONPATH={shlex.quote(str(home))}${{PYTHONPATH:+:$PYTHONPATH}}"
-    values["setup"] = [*(values.get("setup") or []), "export PYTHONSAFEPATH=1", first]
+    values["setup"] = [*(values.get("setup") or []), SAFE, first]
     if options.plan:
         for i, array in enumerate(todo, 1):
             _show(console, f"array{i}", array, values, times, store)

@@ -10,31 +10,38 @@ import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 
+from study.errors import StudyError
 from study.store import read_json, write_json
 
 OWN = Path(__file__).parent
 TOLD = "code.json"  # beside the package in a copy
 
 
-def files() -> list[Path]:
+def files(own: Path = OWN) -> list[Path]:
     """The package's own files, sorted."""
-    return sorted(f for kind in ("*.py", "*.yaml", "*.pt") for f in OWN.rglob(kind))
+    return sorted(f for kind in ("*.py", "*.yaml", "*.pt") for f in own.rglob(kind))
+
+
+def digest(own: Path = OWN) -> str:
+    """Digest of the package's own files."""
+    sha = hashlib.sha256()
+    for file in files(own):
+        sha.update(file.relative_to(own).as_posix().encode() + file.read_bytes())
+    return sha.hexdigest()[:16]
 
 
 @cache  # the files may change while a launcher lives
 def code() -> dict[str, object]:
     """Digest of the package's own files, and commit and whether it was changed since, None where
     there is no git."""
-    sha = hashlib.sha256()
-    for file in files():
-        sha.update(file.relative_to(OWN).as_posix().encode() + file.read_bytes())
-    digest = sha.hexdigest()[:16]
+    own = digest()
     told = read_json(OWN.parent / TOLD)
-    if isinstance(told, dict) and told.get("code") == digest:  # this is a copy, and unchanged
+    if isinstance(told, dict) and told.get("code") == own:  # this is a copy, and unchanged
         return told
 
     def git(*words: str) -> str | None:
@@ -46,32 +53,46 @@ def code() -> dict[str, object]:
     try:
         status = git("status", "--porcelain", "--untracked-files=no", "--", "../study")
         return {
-            "code": digest,
+            "code": own,
             "commit": git("rev-parse", "HEAD"),
             "dirty": None if status is None else bool(status),
         }
     except FileNotFoundError:  # no git on this machine
-        return {"code": digest, "commit": None, "dirty": None}
+        return {"code": own, "commit": None, "dirty": None}
 
 
 def pin(folder: Path, *others: Path) -> None:
     """Makes `folder` a copy of the package, as study/, and of `others`, whole or not at all; one
-    that is there already is left alone."""
-    if folder.exists():
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(mkdtemp(prefix=".pinned", dir=folder.parent))
-    made.chmod(0o755)
-    for file in files():
-        copy = made / "study" / file.relative_to(OWN)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, copy)
-    for file in others:
-        shutil.copyfile(file, made / file.name)
-    write_json(made / TOLD, code())
-    try:
-        os.rename(made, folder)
-    except OSError:  # another command was quicker
-        shutil.rmtree(made)
-        if not folder.exists():
-            raise
+    that is there already is left alone. Raises StudyError where it is not this code and these
+    files, and nothing else: jobs would run what somebody put there."""
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(mkdtemp(prefix=".pinned", dir=folder.parent))
+        made.chmod(0o755)
+        for file in files():
+            copy = made / "study" / file.relative_to(OWN)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+        for file in others:
+            shutil.copyfile(file, made / file.name)
+        write_json(made / TOLD, code())
+        try:
+            _check(made, others, "changed while it was copied; give the command again")
+            os.rename(made, folder)
+        except (OSError, StudyError):
+            shutil.rmtree(made)
+            if not folder.exists():  # else another command was quicker
+                raise
+    _check(folder, others, "not the copy that was made for jobs; remove it")
+
+
+def _check(folder: Path, others: Sequence[Path], why: str) -> None:
+    """The folder holds this code, these files and nothing else, else StudyError."""
+    expected = {Path("study") / f.relative_to(OWN) for f in files()}
+    expected |= {Path(TOLD), *(Path(f.name) for f in others)}
+    there = [p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()]
+    same = {p.relative_to(folder) for p in there} == expected
+    same = same and not any(p.is_symlink() for p in folder.rglob("*"))
+    same = same and digest(folder / "study") == code()["code"]
+    if not same or any((folder / f.name).read_bytes() != f.read_bytes() for f in others):
+        raise StudyError(f"{folder}: {why}")

@@ -44,7 +44,8 @@ class Queue:
     def __init__(self, path: Path) -> None:
         self.folder = path / FOLDER
         self.job: dict[str, str] = {}  # the job that a run was last given to
-        records = [(p.stem, read_json(p, Record)) for p in self.folder.glob("[0-9]*.json")]
+        files = [p for p in self.folder.glob("*.json") if p.stem.isdecimal()]
+        records = [(p.stem, read_json(p, Record)) for p in files]
         for array, record in sorted(records, key=lambda r: (r[1]["time"], int(r[0]))):
             single = len(record["jobs"]) == 1  # such a job is no array
             for i, ids in enumerate(record["jobs"]):

@@ -222,15 +222,14 @@ def main(arguments: list[str] | None = None) -> int:
             if options.on:
                 submit(store, wanted, options, console)
             return 0
-        if options.on and not options.status:
-            fetch_data(study)
-            store.write_study(options.study)
-            submit(store, wanted, options, console)
-        elif not options.status:
-            slots = devices(options.device, options.workers)
+        slots = [] if options.status or options.on else devices(options.device, options.workers)
+        if not options.status:
             fetch_data(study)
             check_weights(store, wanted, thorough=True)
             store.write_study(options.study)
+        if options.on and not options.status:
+            submit(store, wanted, options, console)
+        elif slots:
             done = {i for i, s in store.states(thorough=True).items() if s == "done"}
             display = Display(console, wanted, done)
             deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
@@ -248,7 +247,8 @@ def main(arguments: list[str] | None = None) -> int:
 def summary(console: Console, store: Store, wanted: list[Run]) -> int:
     """The state table, failures with reason and log, the next command; returns the exit status."""
     states, queue = store.states(), Queue(store.path)
-    states |= {i: "queued" for i in queue.held if states.get(i) not in ("done", "running", None)}
+    told = "done", "running", "failed", None
+    states |= {i: "queued" for i in queue.held if states.get(i) not in told}
     console.print(state_table(store.study, states))
     blocked = {r.id: w for r in wanted if states[r.id] == "pending" and (w := store.blocked(r))}
     counts = Counter("blocked" if r.id in blocked else states[r.id] for r in wanted)

@@ -286,7 +286,8 @@ class Store:
         self.path, self.study = results / study.name, study
         runs = self.path / "runs"
         inside(self.path, results)
-        check_entries(self.path, results, folders=("runs",))
+        check_entries(self.path, results, folders=("runs", "slurm"))
+        check_entries(self.path / "slurm", results)
         existing: dict[str, Path] = {}
         for path in sorted(runs.glob("*-*")):
             name = path.name.rpartition("-")[2]

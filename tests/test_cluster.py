@@ -17,8 +17,9 @@ import pytest
 import slurm
 from studies import TWO_MODES, content, read, replaced, write
 
-from study import cluster
+from study import cluster, pinned
 from study.cluster import Job, arrays, parameters
+from study.errors import StudyError
 from study.pinned import code
 from study.queued import FOLDER, Queue
 from study.resolve import load
@@ -461,3 +462,38 @@ def test_sbatch_itself_says_what_it_refuses(
     assert main(command(write(tmp_path), "--slurm", "partition=nowhere")) == 2
     assert "invalid partition" in capsys.readouterr().err.lower()
     assert not list((tmp_path / "results/small" / FOLDER).glob("*.json"))
+
+
+def test_a_copy_that_somebody_edited_is_not_given_to_jobs(tmp_path: Path) -> None:
+    study = write(tmp_path)
+    home = tmp_path / "copy"
+    pinned.pin(home, study)
+    pinned.pin(home, study)
+    for change in (
+        lambda: (home / "study" / "run.py").write_text("1"),
+        lambda: (home / "study" / "more.so").write_bytes(b"x"),
+        lambda: (home / "sitecustomize.py").write_text("1"),
+        lambda: (home / "study" / "__init__.py").unlink(),
+        lambda: (home / study.name).write_text("question: another"),
+        lambda: (home / "study" / "link").symlink_to(tmp_path),
+    ):
+        shutil.rmtree(home)
+        pinned.pin(home, study)
+        change()
+        with pytest.raises(StudyError, match="not the copy that was made for jobs; remove it"):
+            pinned.pin(home, study)
+
+
+def test_code_that_changes_while_it_is_copied_is_not_submitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pinned, "code", lambda: {"code": "what was imported"})
+    with pytest.raises(StudyError, match="changed while it was copied"):
+        pinned.pin(tmp_path / "copy", write(tmp_path))
+    assert not (tmp_path / "copy").exists() and not list(tmp_path.glob(".pinned*"))
+
+
+@pytest.mark.parametrize("key", ["dependency", "time", "ntasks_per_node", "chdir", "signal"])
+def test_what_the_arrays_stand_on_has_no_back_door(key: str) -> None:
+    with pytest.raises(StudyError, match=f"additional_parameters: {key}: --on slurm stands on"):
+        parameters([f"additional_parameters={{{key}: 1}}"], "cpu", "mine")
