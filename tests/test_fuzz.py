@@ -55,13 +55,14 @@ FEW_VARIANTS = {k: fake_study.VARIANTS[k] for k in ("ct", "cd", "self_pretrain")
 counts: dict[str, Counter] = {}
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def told() -> Iterator[None]:
-    """Says at the end what was tried, where more than a few were."""
+    """Says after each test what was tried, where more than a few were."""
     yield
-    if TRIES != FEW:
-        for kind, count in counts.items():
-            print(f"{kind}: {count['tried']} tried, {count['taken']} of them read")
+    while counts:
+        kind, count = counts.popitem()
+        if TRIES != FEW:
+            print(f"{kind}: {count['tried']} tried, {count['taken']} of them read", flush=True)
 
 
 @pytest.fixture(scope="module")
