@@ -24,7 +24,7 @@ from rich.table import Table
 from study import worker
 from study.capture import usable
 from study.errors import StudyError
-from study.forecast import BENCH, bench_of, is_timed, sha, step_key
+from study.forecast import BENCH, bench_of, is_timed, step_key
 from study.launch import devices
 from study.resolve import load
 from study.run import chosen, fetch_data
@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def forecast(study: Study, rows: Mapping[bytes, Mapping[str, Any]]) -> dict[str, float]:
+def forecast(study: Study, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Seconds of one worker for the whole study: training, first updates, measurements."""
     total = {"training": 0.0, "first updates": 0.0, "measurements": 0.0}
     for run in study.unique.values():
@@ -131,7 +131,7 @@ def bench(
         raise StudyError(f"{options.study}: nothing here is trained")
     set_up()
     ceilings = {p: ceiling(device, p) for p in {r.recipe.factors.precision for r in runs.values()}}
-    rows: dict[bytes, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     with TemporaryDirectory() as folder:
         here = Site(study, device, Path(folder))
         for key, run in track(list(runs.items()), "timing", console=console):
@@ -196,13 +196,13 @@ def kept(store: Store, device: str) -> dict[str, dict[str, Any]]:
     return old["recipes"] if same else {}
 
 
-def recipes(study: Study, rows: Mapping[bytes, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def recipes(study: Study, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """What --plan reads, by cell/name. step: digest of what was timed."""
     result = {}
     for run in study.unique.values():
         if (row := rows.get(step_key(run))) is not None:
             result[f"{run.recipe.cell}/{run.recipe.name}"] = {
-                "step": sha(step_key(run)),
+                "step": step_key(run),
                 "seconds_per_image": row["seconds_per_image"],
                 "first_update_seconds": row["first_update_seconds"],
                 "measuring_seconds": measuring(run, row),

@@ -6,12 +6,12 @@ cell's, otherwise what `study.bench` wrote into results/STUDY/bench.json.
 
 from __future__ import annotations
 
-import hashlib
 from typing import TypedDict
 
 import msgspec
 
 from study.factors import Budget, FixedPoint, Random
+from study.identity import difference, digest
 from study.spec import Run
 from study.store import Store, read_json
 
@@ -41,14 +41,14 @@ def bench_of(store: Store) -> Bench:
     return read_json(store.path / BENCH, Bench) or empty
 
 
-def step_key(run: Run) -> bytes:
+def step_key(run: Run) -> str:
     """Equal for runs whose steps cost the same: what differs is only where weights and noise
     come from, and how long it goes on."""
     factors = run.recipe.factors
     plain = msgspec.structs.replace(
         factors, init=Random(), data_stream=0, budget=Budget(images=factors.batch)
     )
-    return msgspec.json.encode(plain)
+    return digest(difference(plain), 16)
 
 
 def is_timed(run: Run) -> bool:
@@ -72,7 +72,7 @@ class Speeds:
     def timed(self, run: Run) -> Timed | None:
         """The bench's row of the run's recipe; none where it was timed with other factors."""
         row = self.bench["recipes"].get(f"{run.recipe.cell}/{run.recipe.name}")
-        return row if row and row["step"] == sha(step_key(run)) else None
+        return row if row and row["step"] == step_key(run) else None
 
     def training(self, run: Run) -> tuple[float, bool] | None:
         """Seconds of training and whether the bench was asked; None where nothing is known."""
@@ -90,11 +90,6 @@ class Speeds:
         row = self.timed(run)
         known = row is not None and row["measuring_seconds"] is not None
         return row["first_update_seconds"] + row["measuring_seconds"] if known else None
-
-
-def sha(value: bytes) -> str:
-    """A short digest."""
-    return hashlib.sha256(value).hexdigest()[:16]
 
 
 def forecast(store: Store, new: list[Run]) -> str | None:

@@ -165,7 +165,8 @@ def check_weights(store: Store, wanted: list[Run], thorough: bool) -> None:
         if path := weights_file(run.recipe.factors):
             users.setdefault(path, []).append(run)
     for path, runs in users.items():
-        if all(store.folders[r.id].trained for r in runs if r in wanted) and not path.exists():
+        begun = all(store.folders[r.id].trained for r in runs if r in wanted)
+        if begun and not path.exists():
             continue  # nothing begins with it any more
         digest = sha256(present(path))
         for run in runs:  # also of runs that are not wanted now: they are compared with these
@@ -175,7 +176,7 @@ def check_weights(store: Store, wanted: list[Run], thorough: bool) -> None:
                     f"init.weights: {path}: not the file that {label(run)} began with; bring that "
                     "one back, or give this one another name"
                 )
-        if thorough:
+        if thorough and not begun:
             from study import interop  # torch, which --plan and --status do without
 
             interop.read(path)

@@ -43,9 +43,9 @@ TOGETHER = 5.0  # seconds for which several processes train at once
 SIDE = {"cuda": 8192, "cpu": 1024}  # of the matrices whose product is the ceiling
 
 
-def steps_of(runs: list[Run]) -> dict[bytes, Run]:
+def steps_of(runs: list[Run]) -> dict[str, Run]:
     """One run for each step that costs something of its own; what is never trained left out."""
-    result: dict[bytes, Run] = {}
+    result: dict[str, Run] = {}
     for run in runs:
         if is_timed(run):
             result.setdefault(step_key(run), run)
