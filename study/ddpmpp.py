@@ -87,8 +87,8 @@ class Block(nn.Module):
         skip, more = product(self.skip, self.resample(x), fused)
         result = Sum(h, skip, e if more is None else e + more, SCALE)
         if self.attention:
-            skip = result.made()
-            h, e = product(self.proj, self.attended(self.norm2(skip)), fused)
+            skip, h = entered(self.norm2, result, fused, silu=False)
+            h, e = product(self.proj, self.attended(h), fused)
             result = Sum(h, skip, e, SCALE)
         return x, result
 

@@ -1,7 +1,9 @@
 """Group normalisation, its affine maps, SiLU and dropout as one pass over memory each way.
 
     y = dropout(silu((GN(x + e) w + b) (1 + scale) + shift)),    GN over groups of channels,
-    z = (x + e + skip) gain,   y = silu(GN(z) w + b)             where a residual sum comes first.
+    z = (x + e + skip) gain,   y = silu(GN(z) w + b)             where a residual sum comes first,
+
+and either without silu, which is then the identity.
 
 x is (B, C, H, W), channels last; e (C,) or (B, C) is what the layer before adds to whole channels
 (a convolution's bias, an embedding), scale and shift are (B, C). Statistics and arithmetic are in
@@ -36,9 +38,10 @@ def norm_silu(
     p: float = 0.0,
     key: Tensor | None = None,
     layer: int = 0,
+    silu: bool = True,
     fused: bool = False,
 ) -> Tensor:
-    """dropout(silu((GN(x + e) w + b) (1 + scale) + shift)) (B, C, H, W).
+    """dropout(silu((GN(x + e) w + b) (1 + scale) + shift)) (B, C, H, W), or without silu.
 
     w, b (C,); e (C,) or (B, C); scale and shift (B, C), both or neither; dropout of share p by
     (key, layer), none without a key. Fused: y has x's type; else torch's rules of promotion hold.
@@ -46,11 +49,12 @@ def norm_silu(
     assert (scale is None) == (shift is None), "scale and shift come together"
     if fused:
         around = e, w, b, scale, shift, key if p else None
-        return torch.ops.study.norm_silu(_last(x), None, *around, groups, eps, 1.0, p, layer)[0]
+        numbers = groups, eps, 1.0, p, layer, silu
+        return torch.ops.study.norm_silu(_last(x), None, *around, *numbers)[0]
     h = F.group_norm(x if e is None else x + _spread(e), groups, w, b, eps)
     if scale is not None:
         h = torch.addcmul(_spread(shift), h, _spread(scale) + 1)
-    h = F.silu(h)
+    h = F.silu(h) if silu else h
     return dropout(h, p, key, layer) if p else h
 
 
@@ -63,18 +67,20 @@ def add_norm_silu(
     eps: float,
     e: Tensor | None = None,
     gain: float = 1.0,
+    silu: bool = True,
     fused: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """z = (x + e + skip) gain and silu(GN(z) w + b), (B, C, H, W) each. w, b (C,); e (C,) or
-    (B, C)."""
+    """z = (x + e + skip) gain and silu(GN(z) w + b) or GN(z) w + b, (B, C, H, W) each. w, b (C,);
+    e (C,) or (B, C)."""
     if fused:
         x, skip = _last(x), _last(skip.to(x.dtype))
         around = e, w, b, None, None, None
-        y, z, *_ = torch.ops.study.norm_silu(x, skip, *around, groups, eps, gain, 0.0, 0)
+        y, z, *_ = torch.ops.study.norm_silu(x, skip, *around, groups, eps, gain, 0.0, 0, silu)
         return z, y
     z = x if e is None else x + _spread(e)
     z = (z + skip) * gain if gain != 1 else z + skip
-    return z, F.silu(F.group_norm(z, groups, w, b, eps))
+    y = F.group_norm(z, groups, w, b, eps)
+    return z, F.silu(y) if silu else y
 
 
 def _last(x: Tensor) -> Tensor:
@@ -92,7 +98,9 @@ def _row(value: Tensor | None) -> int:
     return 0 if value is None or value.ndim == 1 else value.stride(0)
 
 
-def _launch(x: Tensor, groups: int, tensors: int, p: float, layer: int) -> tuple[tuple, int, dict]:
+def _launch(
+    x: Tensor, groups: int, way: str, p: float, layer: int, silu: bool
+) -> tuple[tuple, int, dict]:
     """The grid, the dropout stream as a signed word, and the kernel's constants."""
     from study import tiles  # Triton is for those who have a GPU
 
@@ -101,9 +109,10 @@ def _launch(x: Tensor, groups: int, tensors: int, p: float, layer: int) -> tuple
     assert x.numel() < 2**32, "positions are 32-bit words"
     assert x.dtype != torch.float64, "arithmetic is in float32"
     D = C // groups
-    t = tiles.tiling(H * W, D, x.element_size(), tensors)
+    t = tiles.tiling(H * W, D, x.element_size(), way)
     constants = {"C": C, "D": D, "HW": H * W, "LEAST": int(p * 2**32), "KEPT": 1 - p}
-    constants |= {"K": t.K, "S": t.S, "P": t.P, "num_warps": t.warps, "maxnreg": t.registers}
+    constants |= {"SILU": silu, "K": t.K, "S": t.S, "P": t.P}
+    constants |= {"num_warps": t.warps, "maxnreg": t.registers}
     word = salt(layer)
     return (B * -(-groups // t.K),), word - 2**32 * (word >> 31), constants
 
@@ -112,7 +121,7 @@ def _launch(x: Tensor, groups: int, tensors: int, p: float, layer: int) -> tuple
     "study::norm_silu",
     mutates_args=(),
     schema="(Tensor x, Tensor? skip, Tensor? e, Tensor w, Tensor b, Tensor? scale, Tensor? shift, "
-    "Tensor? key, int groups, float eps, float gain, float p, int layer) "
+    "Tensor? key, int groups, float eps, float gain, float p, int layer, bool silu) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _forward(
@@ -129,11 +138,13 @@ def _forward(
     gain: float,
     p: float,
     layer: int,
+    silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, z (empty where there is no skip), mean and rstd (B, groups)."""
     from study import tiles
 
-    grid, stream, constants = _launch(x, groups, 1 if skip is None else 2, p, layer)
+    way = "forward" if skip is None else "sum"
+    grid, stream, constants = _launch(x, groups, way, p, layer, silu)
     y, z, mean, rstd = _outputs(x, skip, groups)
     rows = _row(e), _row(scale), _row(shift)
     tensors = x, skip, e, w, b, scale, shift, key, y, z, mean, rstd
@@ -158,7 +169,7 @@ def _(x: Tensor, skip: Tensor | None, *args: Any) -> tuple[Tensor, ...]:  # noqa
     mutates_args=(),
     schema="(Tensor x, Tensor dy, Tensor? dz, Tensor? e, Tensor w, Tensor b, Tensor? scale, "
     "Tensor? shift, Tensor? key, Tensor mean, Tensor rstd, bool totalled, float gain, float p, "
-    "int layer) "
+    "int layer, bool silu) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(
@@ -177,12 +188,13 @@ def _backward(
     gain: float,
     p: float,
     layer: int,
+    silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, and per sample and channel (B, C) the sums of dv, of dv GN(x + e) and, where `totalled`,
     of dx."""
     from study import tiles
 
-    grid, stream, constants = _launch(x, mean.shape[1], 2, p, layer)
+    grid, stream, constants = _launch(x, mean.shape[1], "backward", p, layer, silu)
     dx, sums, moments, totals = _gradients(x, totalled)
     rows = _row(e), _row(scale), _row(shift)
     made = dx, sums, moments, totals if totalled else None
@@ -222,7 +234,7 @@ def _pull(ctx: Any, dy: Tensor | None, dz: Tensor | None, *_: None) -> tuple:  #
     de = None if e is None else (totals.sum(0) if e.ndim == 1 else totals).to(e.dtype)
     dscale = None if scale is None else (w * moments + b * sums).to(scale.dtype)
     dshift = None if shift is None else sums.to(shift.dtype)
-    return dx, dx if ctx.skips else None, de, dw, db, dscale, dshift, *(None,) * 6
+    return dx, dx if ctx.skips else None, de, dw, db, dscale, dshift, *(None,) * 7
 
 
 _forward.register_autograd(_pull, setup_context=_keep)

@@ -17,10 +17,10 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from study import kernels
+from study.convolution import convolved
 
 
 def embed(c_noise: Tensor, width: int) -> Tensor:
@@ -92,13 +92,13 @@ def activated(
     """SiLU of the norm of h (B, C, H, W); the rest as in `kernels.norm_silu`, mask its (p, key,
     layer)."""
     weights = norm.weight, norm.bias, norm.num_groups, norm.eps
-    return kernels.norm_silu(h, *weights, e, scale, shift, *mask, fused)
+    return kernels.norm_silu(h, *weights, e, scale, shift, *mask, fused=fused)
 
 
 def product(layer: nn.Module, h: Tensor, fused: bool) -> tuple[Tensor, Tensor | None]:
     """layer(h); fused: of a convolution without its bias (C,), which is left to the next norm."""
     if fused and isinstance(layer, nn.Conv2d):
-        return F.conv2d(h, layer.weight, None, layer.stride, layer.padding), layer.bias
+        return convolved(h, layer), layer.bias
     return layer(h), None
 
 
@@ -118,12 +118,14 @@ class Sum(NamedTuple):
         return z.to(self.h.dtype)
 
 
-def entered(norm: nn.GroupNorm, x: Tensor | Sum, fused: bool) -> tuple[Tensor, Tensor]:
-    """x, made if it is a sum, and SiLU of its norm."""
-    if not isinstance(x, Sum):
-        return x, activated(norm, x, fused)
+def entered(
+    norm: nn.GroupNorm, x: Tensor | Sum, fused: bool, silu: bool = True
+) -> tuple[Tensor, Tensor]:
+    """x, made if it is a sum, and SiLU of its norm, or its norm."""
     weights = norm.weight, norm.bias, norm.num_groups, norm.eps
-    return kernels.add_norm_silu(x.h, x.skip, *weights, x.e, x.gain, fused)
+    if not isinstance(x, Sum):
+        return x, kernels.norm_silu(x, *weights, silu=silu, fused=fused)
+    return kernels.add_norm_silu(x.h, x.skip, *weights, x.e, x.gain, silu, fused)
 
 
 def doubled(h: Tensor) -> Tensor:

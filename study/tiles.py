@@ -23,26 +23,32 @@ FIRST, SECOND, THIRD = (tl.constexpr(m) for m in noise.MULTIPLIERS)
 
 
 class Tiling(NamedTuple):
-    """K groups in S lanes, P pixels at a time, by so many warps of 32 threads."""
+    """K groups in S lanes, P pixels at a time, by so many warps of 32 threads with so many
+    registers each at most."""
 
     K: int
     S: int
     P: int
     warps: int
-
-    @property
-    def registers(self) -> int:
-        """A thread's at most, for two programs to share a multiprocessor's 65 536."""
-        return min(1024 // self.warps, 255)
+    registers: int
 
 
-def tiling(pixels: int, group: int, itemsize: int, tensors: int) -> Tiling:
-    """The shape of a program's tile for groups of `group` channels, where it reads so many tensors
-    twice: 64 bytes of a pixel, and 16 numbers a thread of each tensor, which is enough under way
-    in a multiprocessor and leaves registers for two programs there."""
+def tiling(pixels: int, group: int, itemsize: int, way: str) -> Tiling:
+    """The shape of a program's tile for groups of `group` channels: 64 bytes of a pixel, and as
+    many pixels and numbers a thread as were fastest on an H200. way: "forward", "sum" (forward,
+    with a residual sum before it) or "backward". Up to 256 pixels, and 1 024 with a sum, the whole
+    is held in registers if it pays; else it is read twice."""
     S = triton.next_power_of_2(max(64 // itemsize, group))
-    P = min(triton.next_power_of_2(pixels), max(8192 // (tensors * S), 1))
-    return Tiling(S // group, S, P, min(max(P * S // 512, 1), 16))
+    whole, large = triton.next_power_of_2(pixels), pixels > 256
+    at_once, numbers = {
+        "forward": (256, 16) if large else (128, 32),
+        "sum": (1024, 64) if large else (256, 32),
+        "backward": (128, 16) if large else (256, 32),
+    }[way]
+    P = min(whole, at_once, max(at_once * 32 // S, 1))
+    warps = min(max(P * S // numbers // 32, 1), 16)
+    # two programs share a multiprocessor's 65 536 registers, unless one's tile fills them
+    return Tiling(S // group, S, P, warps, min(max(1024 // warps, 2 * numbers), 255))
 
 
 @triton.jit
@@ -124,7 +130,7 @@ def forward(
     x, skip, e, w, b, scale, shift, key, y, z, mean, rstd,
     e_row, scale_row, shift_row, stream, gain, eps,
     C: tl.constexpr, D: tl.constexpr, HW: tl.constexpr, LEAST: tl.constexpr, KEPT: tl.constexpr,
-    K: tl.constexpr, S: tl.constexpr, P: tl.constexpr,
+    SILU: tl.constexpr, K: tl.constexpr, S: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """y and, where there is a skip, z; mean and rstd (B, C / D) of what is normalised."""
     sample, c, real, same = _place(C, D, K, S)
@@ -142,6 +148,8 @@ def forward(
         apart = tl.where(_within(first, real, HW, P), apart, 0.0)
         total += apart
         square += apart * apart
+        if skip is not None:
+            _put(z, tile, first, c, real, C, HW, P)
         if P < HW:
             tile = _joined(x, skip, e, gain, first + P, c, real, C, HW, P)
     away = tl.sum(total, 0) / HW
@@ -156,17 +164,19 @@ def forward(
     offset = _channel(b, sample, 0, c, real) * outer - (m - later) * slope
     offset += _channel(shift, sample, shift_row, c, real)
     if P < HW:
-        tile = _joined(x, skip, e, gain, 0, c, real, C, HW, P)
+        if skip is not None:
+            x = z  # the sum itself is read again, not its parts
+            tl.debug_barrier()  # other threads of this program may have stored it
+        tile = _rows(x, 0, c, real, C, HW, P)
     for first in range(0, HW, P):
         v = tile.to(tl.float32) * slope[None, :] + offset[None, :]
-        v = v / (1 + tl.exp(-v))
+        if SILU:
+            v = v / (1 + tl.exp(-v))
         if key is not None:
             v *= _mask(key, stream, sample, first, c, C, HW, P, LEAST, KEPT)
         _put(y, v, first, c, real, C, HW, P)
-        if skip is not None:
-            _put(z, tile, first, c, real, C, HW, P)
         if P < HW:
-            tile = _joined(x, skip, e, gain, first + P, c, real, C, HW, P)
+            tile = _rows(x, first + P, c, real, C, HW, P)
     at, one = sample * (C // D) + c // D, real & (c % D == 0)
     tl.store(mean + at, m, mask=one)
     tl.store(rstd + at, r, mask=one)
@@ -177,7 +187,7 @@ def backward(
     x, dy, dz, e, w, b, scale, shift, key, mean, rstd, dx, sums, moments, totals,
     e_row, scale_row, shift_row, stream, gain,
     C: tl.constexpr, D: tl.constexpr, HW: tl.constexpr, LEAST: tl.constexpr, KEPT: tl.constexpr,
-    K: tl.constexpr, S: tl.constexpr, P: tl.constexpr,
+    SILU: tl.constexpr, K: tl.constexpr, S: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """dx, and per sample and channel (B, C) the sums over pixels of dv, of dv times the normalised
     x and, where asked for, of dx; v is what silu is applied to."""
@@ -197,7 +207,7 @@ def backward(
     total, moment = tl.zeros([P, S], tl.float32), tl.zeros([P, S], tl.float32)
     for first in range(0, HW, P):
         t = tile.to(tl.float32)
-        dv = _through(t, upstream, slope, offset)
+        dv = _through(t, upstream, slope, offset, SILU)
         if key is not None:
             dv *= _mask(key, stream, sample, first, c, C, HW, P, LEAST, KEPT)
         total += dv
@@ -215,7 +225,7 @@ def backward(
         tile, upstream = _rows(x, 0, c, real, C, HW, P), _rows(dy, 0, c, real, C, HW, P)
     for first in range(0, HW, P):
         t = tile.to(tl.float32)
-        dv = _through(t, upstream, slope, offset)
+        dv = _through(t, upstream, slope, offset, SILU)
         if key is not None:
             dv *= _mask(key, stream, sample, first, c, C, HW, P, LEAST, KEPT)
         d = dv * slope[None, :] + (t * tilt[None, :] + level[None, :])
@@ -236,8 +246,11 @@ def backward(
 
 
 @triton.jit
-def _through(t, upstream, slope, offset):
-    """The gradient (P, S) at v = t slope + offset of what reaches silu(v)."""
-    v = t * slope[None, :] + offset[None, :]
-    share = 1 / (1 + tl.exp(-v))
-    return upstream.to(tl.float32) * share * (1 + v * (1 - share))
+def _through(t, upstream, slope, offset, SILU: tl.constexpr):
+    """The gradient (P, S) at v = t slope + offset of what reaches silu(v), or v itself."""
+    dv = upstream.to(tl.float32)
+    if SILU:
+        v = t * slope[None, :] + offset[None, :]
+        share = 1 / (1 + tl.exp(-v))
+        dv *= share * (1 + v * (1 - share))
+    return dv

@@ -3,6 +3,7 @@ Triton's interpreter."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -25,7 +26,7 @@ SHAPES = {  # B, C, H, W, groups
     "one group of many": (1, 48, 3, 2, 1),
     "a slab cut short": (2, 48, 2, 5, 12),
     "one pixel": (2, 32, 1, 1, 8),
-    "several tiles": (1, 16, 33, 31, 4),
+    "several tiles": (1, 16, 34, 33, 4),
 }
 ARGUMENTS = {
     "alone": (),
@@ -64,7 +65,7 @@ def exact(groups: int, x: Tensor, w: Tensor, b: Tensor, **more: Tensor) -> Tenso
     h = h.flatten(1, 2) * w[:, None, None] + b[:, None, None]
     if scale is not None:
         h = h * (1 + scale[..., None, None]) + shift[..., None, None]
-    return h * h.sigmoid()
+    return h * h.sigmoid() if more.get("silu", True) else h
 
 
 def ours(
@@ -114,6 +115,14 @@ def test_value_and_gradients(shape: tuple[int, ...], names: tuple[str, ...]) -> 
         assert max(errors(found, expected)) < 3e-6
 
 
+def test_norm_without_silu() -> None:
+    given, no = leaves(SHAPES["several tiles"]), {"silu": False}
+    expected = derived(lambda **k: exact(4, **k, **no), given, torch.float64)
+    for fused in (True, False):
+        found = derived(lambda fused=fused, **k: ours(4, fused, **k, **no), given, torch.float32)
+        assert max(errors(found, expected)) < 3e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
     given = leaves(SHAPES["several tiles"])
@@ -136,9 +145,9 @@ def test_a_mean_far_from_zero_costs_no_more_than_its_rounding() -> None:
     assert max(errors(found, expected)) < 300 * 2**-24 * 3
 
 
-@pytest.mark.parametrize("gain", [1.0, 0.5**0.5])
+@pytest.mark.parametrize(("gain", "silu"), [(1.0, True), (0.5**0.5, True), (0.5**0.5, False)])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_residual_sum_before_the_norm(shape: tuple[int, ...], gain: float) -> None:
+def test_residual_sum_before_the_norm(shape: tuple[int, ...], gain: float, silu: bool) -> None:
     groups = shape[-1]
     given = leaves(shape, ("bias",))
     given["skip"] = given["x"].flip(1) - 0.3 * given["x"].square()
@@ -147,12 +156,12 @@ def test_residual_sum_before_the_norm(shape: tuple[int, ...], gain: float) -> No
         x: Tensor, w: Tensor, b: Tensor, bias: Tensor, skip: Tensor
     ) -> tuple[Tensor, Tensor]:
         z = (x + bias[:, None, None] + skip) * gain
-        return z, exact(groups, z, w, b)
+        return z, exact(groups, z, w, b, silu=silu)
 
     def made(
         fused: bool, x: Tensor, w: Tensor, b: Tensor, bias: Tensor, skip: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return kernels.add_norm_silu(x, skip, w, b, groups, EPS, bias, gain, fused)
+        return kernels.add_norm_silu(x, skip, w, b, groups, EPS, bias, gain, silu, fused)
 
     expected = derived(joined, given, torch.float64)
     for fused in (True, False):
@@ -168,7 +177,8 @@ def test_gradient_of_one_of_the_two_results(used: int) -> None:
     for fused in (True, False):
 
         def one(x: Tensor, w: Tensor, b: Tensor, fused: bool = fused) -> Tensor:
-            values = kernels.add_norm_silu(x, x.tanh(), w, b, shape[-1], EPS, None, 0.7, fused)
+            around = w, b, shape[-1], EPS, None, 0.7
+            values = kernels.add_norm_silu(x, x.tanh(), *around, fused=fused)
             return values[used] + 0 * (w + b)[:, None, None]
 
         found[fused] = derived(one, given, torch.float32)
@@ -218,7 +228,7 @@ def test_operators_keep_torchs_contract() -> None:
     x = given["x"].contiguous(memory_format=torch.channels_last).requires_grad_()
     w, b, e, scale, shift = (given[k].requires_grad_() for k in ("w", "b", "e", "scale", "shift"))
     key = torch.tensor(3, device=DEVICE)
-    numbers = 4, EPS, 0.7, 0.2, 3
+    numbers = 4, EPS, 0.7, 0.2, 3, True
     checks = "test_schema", "test_autograd_registration", "test_faketensor"
     for arguments in ((x, None, e, w, b, scale, shift, key), (x, x, e, w, b, None, None, None)):
         torch.library.opcheck(torch.ops.study.norm_silu, (*arguments, *numbers), test_utils=checks)
@@ -299,10 +309,10 @@ from study import tiles
 kinds = {"key": "*i64", "stream": "i32", "gain": "fp32", "eps": "fp32"}
 kinds |= {name: "i32" for name in ("e_row", "scale_row", "shift_row")}
 kinds |= {name: "*bf16" for name in ("x", "skip", "y", "z", "dy", "dz", "dx", "scale", "shift")}
-for kernel, tensors in ((tiles.forward, 1), (tiles.backward, 2)):
+for kernel, way in ((tiles.forward, "sum"), (tiles.backward, "backward")):
     for C, D, pixels in ((256, 8, 1024), (20, 5, 49)):
-        t = tiles.tiling(pixels, D, 2, tensors)
-        fixed = dict(C=C, D=D, HW=pixels, LEAST=1 << 31, KEPT=0.5, K=t.K, S=t.S, P=t.P)
+        t = tiles.tiling(pixels, D, 2, way)
+        fixed = dict(C=C, D=D, HW=pixels, LEAST=1 << 31, KEPT=0.5, SILU=True, K=t.K, S=t.S, P=t.P)
         names = kernel.arg_names
         signature = {n: "constexpr" if n in fixed else kinds.get(n, "*fp32") for n in names}
         constants = {(names.index(n),): value for n, value in fixed.items()}
@@ -323,8 +333,10 @@ def test_kernels_are_built_for_a_gpu_without_one(tmp_path: object) -> None:
 def test_tiles_hold_whole_groups() -> None:
     from study import tiles
 
+    ways = "forward", "sum", "backward"
     for group in range(1, 200):
-        for pixels, itemsize, tensors in ((1, 2, 1), (49, 4, 2), (1024, 2, 1), (4096, 4, 2)):
-            t = tiles.tiling(pixels, group, itemsize, tensors)
+        for pixels, itemsize, way in itertools.product((1, 49, 1024, 4096), (2, 4), ways):
+            t = tiles.tiling(pixels, group, itemsize, way)
             assert t.K >= 1 and t.K * group <= t.S < 2 * t.K * group + 2 * group
-            assert t.S * itemsize >= 64 and t.P * t.S >= 32 and 1 <= t.warps <= 16
+            assert t.S * itemsize >= 64 and t.P >= 1 and 1 <= t.warps <= 16
+            assert t.warps * 32 * t.registers <= 65536  # what a multiprocessor has
