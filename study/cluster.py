@@ -52,6 +52,7 @@ OURS = ("dependency", "nodes", "ntasks_per_node", "use_srun")  # one process on 
 SAFE = "export PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1"  # nothing but the copy is imported
 KEPT = ("array", "chdir", "clusters", "dependency", "error", "job-name", "nodes", "ntasks",
         "ntasks-per-node", "open-mode", "output", "signal", "time")  # fmt: skip
+ALIVE = ("RUNNING", "SIGNALING")  # the latter while a signal of Slurm's is on its way
 MEMORY = ("mem", "mem_per_cpu", "mem_per_gpu")
 JOBS = "jobs-"  # a folder of an array's payloads and logs
 GPU_KEYS = ("gpus_per_node", "gpus_per_task", "num_gpus", "gres")
@@ -301,7 +302,7 @@ def _send(todo: list[Array], values: dict[str, Any], home: Path, cluster: str | 
 
 
 def _state() -> str:
-    """What Slurm takes this job for: COMPLETING once it is cancelled or requeued, else RUNNING."""
+    """What Slurm takes this job for: COMPLETING once it is cancelled or requeued, else ALIVE."""
     from submitit import JobEnvironment
 
     # ARRAY_INDEX: the plain number of an array's last job means the whole array to squeue
@@ -325,7 +326,7 @@ class Job:
         launcher.run(None, in_process=True)
         left = [r for r in runs if store.folders[r.id].state(r) in ("pending", "interrupted")]
         state = _state() if launcher.stopping and left else ""
-        if state == "RUNNING":
+        if state in ALIVE:
             signal.raise_signal(signal.SIGUSR2)  # submitit's handler, which requeues
         for run in left:
             missing = [label(study.unique[i]) for i in run.reads
