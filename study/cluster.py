@@ -207,8 +207,9 @@ def _times(store: Store, runs: Sequence[Run], trained: Collection[str], speeds: 
     """Seconds of each run's work; says what of it had to be assumed."""
     times, assumed = {}, set()
     for run in runs:
+        folder = store.folders[run.id]
         training, beside = speeds.training(run), speeds.beside(run)
-        due = len(store.folders[run.id].due(run) if run.id in trained else run.measures)
+        due = len(folder.due(run, thorough=True) if run.id in trained else run.measures)
         if run.id in trained:
             training = 0.0, False
         if training is None:
