@@ -4,8 +4,10 @@ A job works through the runs it is given, one after the other, as a local proces
 distance from their sources make an array, which waits for the arrays that hold these sources to
 end, however they end: a source may be requeued meanwhile, and a run whose source is not there
 after all leaves at once. What is submitted does not change any more: jobs import a copy of the
-package and read a copy of the study file, both in results/STUDY/slurm, beside logs and a record of
-each array. Only what waits in the queue is asked of Slurm; everything else is told by the folders.
+package and read a copy of the study file, both in results/STUDY/slurm, beside a record of each
+array and a folder of its own. That folder is new: no pickle from elsewhere lies there under the
+number that a job gets. Only what waits in the queue is asked of Slurm; everything else is told by
+the folders of runs.
 
 A signal (a time limit, a preemption) sets a flag; the run saves at its next step. Then submitit's
 own handler requeues the job, unless Slurm has taken it away already: then that is Slurm's to do.
@@ -20,9 +22,10 @@ import shutil
 import signal
 import sys
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import msgspec
@@ -32,9 +35,9 @@ from study.errors import StudyError, nearest
 from study.forecast import Speeds
 from study.launch import Launcher, devices
 from study.layers import read_yaml
-from study.pinned import code, pin
+from study.pinned import GIVEN, code, pin
 from study.progress import Display, label
-from study.queued import FOLDER, Queue, asked, limit
+from study.queued import FOLDER, Queue, asked, config, limit, withdraw
 from study.resolve import load
 from study.spec import Run
 from study.store import Store, now, write_json
@@ -43,11 +46,15 @@ REQUEUES = 100  # after a time limit; a run that can't finish a step within one 
 TIME, SHARE = 240, 30.0  # minutes: a job's limit, and the work it is given
 SHORTEST = 15  # minutes; submitit takes a preempted job of less than 10 or so for timed out
 SLOW = 1000.0  # images a second where nothing is known: fewer runs share a job than might
+MEASURE = 20.0  # seconds, the same of a measurement: an FID of 50 000 images on a fast GPU
 ARRAY = 1000  # jobs of an array where Slurm does not say; its own default is 1001
 OURS = ("dependency", "nodes", "ntasks_per_node", "use_srun")  # one process on one node
 SAFE = "export PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1"  # nothing but the copy is imported
-KEPT = ("array", "chdir", "dependency", "error", "job-name", "nodes", "ntasks", "ntasks-per-node",
-        "open-mode", "output", "signal", "time")  # fmt: skip
+KEPT = ("array", "chdir", "clusters", "dependency", "error", "job-name", "nodes", "ntasks",
+        "ntasks-per-node", "open-mode", "output", "signal", "time")  # fmt: skip
+ALIVE = ("RUNNING", "SIGNALING")  # the latter while a signal of Slurm's is on its way
+MEMORY = ("mem", "mem_per_cpu", "mem_per_gpu")
+JOBS = "jobs-"  # a folder of an array's payloads and logs
 GPU_KEYS = ("gpus_per_node", "gpus_per_task", "num_gpus", "gres")
 
 
@@ -62,8 +69,8 @@ class Array:
 def parameters(given: Iterable[str], device: str, name: str) -> dict[str, Any]:
     """Submitit's parameters: the defaults with --slurm KEY=VALUE laid over them.
 
-    Raises StudyError for a name that submitit does not know, a value of another type, and a time
-    limit that it would take for final.
+    Raises StudyError for a name that submitit does not know, a value of another type, memory
+    without a unit, and a time limit that it would take for final.
     """
     from submitit.slurm import slurm
 
@@ -92,12 +99,16 @@ def parameters(given: Iterable[str], device: str, name: str) -> dict[str, Any]:
     if taken := sorted(k for k in more if k.replace("_", "-") in KEPT):
         raise StudyError(f"--slurm additional_parameters: {taken[0]}: --on slurm stands on a value"
                          " of its own, or has a --slurm key for it")  # fmt: skip
+    for key, value in {**more, **values}.items():
+        if key.replace("-", "_") in MEMORY and str(value).strip("0").isdecimal():
+            raise StudyError(f"--slurm {key}={value}: Slurm would take it for megabytes; name the "
+                             f"unit, {value}G or {value}M")  # fmt: skip
     values["additional_parameters"] = {"requeue": True, **more}
     return values
 
 
 def _typed(text: str, kind: Any, where: str) -> Any:  # noqa: ANN401
-    """The value as YAML reads it, else as text (mem=4 is text to submitit)."""
+    """The value as YAML reads it, else as text (account=4 is text to submitit)."""
     for value in (read_yaml(text, where), text):
         try:
             return msgspec.convert(value, kind)
@@ -107,18 +118,25 @@ def _typed(text: str, kind: Any, where: str) -> Any:  # noqa: ANN401
 
 
 def arrays(
-    runs: Sequence[Run], seconds: dict[str, float], minutes: float, most: int, queue: Queue
+    runs: Sequence[Run],
+    seconds: dict[str, float],
+    minutes: float,
+    most: int,
+    queue: Queue,
+    trained: Collection[str],
 ) -> list[Array]:
-    """The arrays that make `runs`, sources first; `after` holds earlier ones as 'array1', and the
-    ids of arrays that are queued already."""
+    """The arrays that make `runs`, sources that are not trained first; `after` holds earlier ones
+    as 'array1', and the ids of arrays that are queued already."""
     left, where, result = {r.id: r for r in runs}, {}, []
+    needs = {r.id: [i for i in r.reads if i not in trained] for r in runs}
     while left:
-        free = [r for r in left.values() if not any(i in left for i in r.reads)]
+        free = [r for r in left.values() if not any(i in left for i in needs[r.id])]
         free = free or list(left.values())  # in a circle: the jobs will say what they lack
         alike: dict[tuple[str, ...], list[Run]] = {}
         for run in free:
-            held = {i: queue.job[i].partition("_")[0] for i in run.reads if i in queue.held}
-            after = {(held | where)[i] for i in run.reads if i in held or i in where}
+            known = {i: queue.job[i].partition("_")[0] for i in needs[run.id] if i in queue.held}
+            known |= {i: where[i] for i in needs[run.id] if i in where}
+            after = set(known.values())
             alike.setdefault(tuple(sorted(after)), []).append(run)
         for after, group in sorted(alike.items(), key=lambda item: item[0]):
             jobs = shared(group, seconds, 60 * minutes)
@@ -159,23 +177,18 @@ def submit(
     if not queue.known:
         console.print("squeue does not answer: what is queued already may be submitted again, and "
                       "will leave as soon as it starts", highlight=False)  # fmt: skip
+    for line in queue.others if options.plan else ():  # else the summary says so
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(f"{len(new)} runs to submit, {len(missing) - len(new)} queued already, "
                   f"{list(states.values()).count('running')} running", highlight=False)
-    times = {}
-    for run in new:
-        known = speeds.training(run)
-        trained = store.folders[run.id].trained is not None
-        guess = run.recipe.factors.budget.images / SLOW
-        training = 0 if trained else known[0] if known else guess
-        times[run.id] = training + (speeds.beside(run) or 0)
-    if not all(map(speeds.training, new)):
-        console.print(f"how long runs take is not known: {SLOW:,.0f} images a second are assumed; "
-                      "python -m study.bench finds out", highlight=False)  # fmt: skip
-    most = limit()
+    trained = {i for i, folder in store.folders.items() if folder.trained is not None}
+    times = _times(store, new, trained, speeds, console)
+    told = config()
+    most = limit(told)
     if most is None and options.plan:
         console.print(f"Slurm does not say how long an array may be: {ARRAY} assumed")
     minutes = SHARE if options.minutes is None else options.minutes
-    todo = arrays(new, times, minutes, most or ARRAY, queue)
+    todo = arrays(new, times, minutes, most or ARRAY, queue, trained)
     home = _home(store.path, options)
     first = f"export PYTHONPATH={shlex.quote(str(home))}${{PYTHONPATH:+:$PYTHONPATH}}"
     values["setup"] = [*(values.get("setup") or []), SAFE, first]
@@ -186,7 +199,29 @@ def submit(
     if not new:
         return
     pin(home, options.study)
-    _send(todo, values, home, store, options, console)
+    _send(todo, values, home, told.get("ClusterName"), store, options, console)
+
+
+def _times(store: Store, runs: Sequence[Run], trained: Collection[str], speeds: Speeds,
+           console: Console) -> dict[str, float]:  # fmt: skip
+    """Seconds of each run's work; says what of it had to be assumed."""
+    times, assumed = {}, set()
+    for run in runs:
+        folder = store.folders[run.id]
+        training, beside = speeds.training(run), speeds.beside(run)
+        due = len(folder.due(run, thorough=True) if run.id in trained else run.measures)
+        if run.id in trained:
+            training = 0.0, False
+        if training is None:
+            training = run.recipe.factors.budget.images / SLOW, False
+            assumed.add(f"{SLOW:,.0f} images a second")
+        if beside is None and due:
+            assumed.add(f"{MEASURE:.0f} s a measurement")
+        times[run.id] = training[0] + (MEASURE * due if beside is None else beside)
+    if assumed:
+        console.print(f"how long runs take is not known: {' and '.join(sorted(assumed))} assumed; "
+                      "python -m study.bench finds out", highlight=False)  # fmt: skip
+    return times
 
 
 def _home(path: Path, options: argparse.Namespace) -> Path:
@@ -208,7 +243,8 @@ def _show(console: Console, name: str, array: Array, values: dict[str, Any],
 
     count = len(array.jobs)
     text = slurm._make_sbatch_string(
-        command="", folder=(store.path / FOLDER).absolute(), **values, **_after(array, {}),
+        command="", folder=(store.path / FOLDER / f"{JOBS}XXXXXXXX").absolute(), **values,
+        **_after(array, {}),
         map_count=count if count > 1 else None)  # fmt: skip
     lines = [f"{name}: {count} job{'s' * (count > 1)}"]
     lines += [line for line in text.splitlines() if line.startswith(("#SBATCH", "export"))]
@@ -220,8 +256,8 @@ def _show(console: Console, name: str, array: Array, values: dict[str, Any],
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _send(todo: list[Array], values: dict[str, Any], home: Path, store: Store,
-          options: argparse.Namespace, console: Console) -> None:  # fmt: skip
+def _send(todo: list[Array], values: dict[str, Any], home: Path, cluster: str | None,
+          store: Store, options: argparse.Namespace, console: Console) -> None:  # fmt: skip
     """Submits the arrays in order, a record of each in results/STUDY/slurm."""
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -231,32 +267,43 @@ def _send(todo: list[Array], values: dict[str, Any], home: Path, store: Store,
                          "the cluster, or see with --plan what would be submitted")  # fmt: skip
     ids: dict[str, str] = {}
     for i, array in enumerate(todo, 1):
-        executor = submitit.SlurmExecutor(store.path / FOLDER, max_num_timeout=REQUEUES)
-        executor.update_parameters(**values, **_after(array, ids))
         device = "cpu" if options.device == "cpu" else "cuda"
         asked = [[r.id for r in job] for job in array.jobs]
-        given = [str(home / options.study.name), list(options.set),
+        given = [str(home / GIVEN / options.study.name), list(options.set),
                  str(options.results.absolute()), device, options.retry]  # fmt: skip
         columns = [[value] * len(asked) for value in given]
+        after, folder = _after(array, ids), home.parent
         try:
+            folder = Path(mkdtemp(prefix=JOBS, dir=home.parent))
+            folder.chmod(0o755)  # others may read its logs
+            executor = submitit.SlurmExecutor(folder, max_num_timeout=REQUEUES)
+            executor.update_parameters(**values, **after)
             jobs = executor.map_array(Job(), *columns, asked)
-        except (FailedJobError, FailedSubmissionError) as error:
+            number = jobs[0].job_id.partition("_")[0]
+            record = {"time": now(), "jobs": asked, "folder": folder.name, "code": code(),
+                      "home": home.name, "sets": list(options.set),
+                      "parameters": {**values, **after}}  # fmt: skip
+            record |= {"cluster": cluster} if cluster else {}
+            name = f"{cluster}-{number}" if cluster else number
+            write_json(home.parent / f"{name}.json", record)
+        except (FailedJobError, FailedSubmissionError, OSError) as error:
+            if folder != home.parent:
+                withdraw(folder)
             said = " ".join(str(error).split())
+            if isinstance(error, OSError):
+                said = f"{error.filename or folder}: {error.strerror}"
             raise StudyError(
                 f"array {i} of {len(todo)} was not submitted: {said}; submitted before it: "
                 f"{', '.join(ids.values()) or 'nothing'}; the same command submits the rest"
             ) from None
-        ids[f"array{i}"] = number = jobs[0].job_id.partition("_")[0]
-        record = {"time": now(), "jobs": asked, "code": code(), "home": home.name,
-                  "sets": list(options.set), "parameters": {**values, **_after(array, ids)}}
-        write_json(store.path / FOLDER / f"{number}.json", record)
+        ids[f"array{i}"] = number
         runs = sum(map(len, asked))
         console.print(f"submitted {number}: {len(asked)} job{'s' * (len(asked) > 1)}, {runs} "
                       f"run{'s' * (runs > 1)}", highlight=False)  # fmt: skip
 
 
 def _state() -> str:
-    """What Slurm takes this job for: RUNNING, or COMPLETING once it is cancelled or requeued."""
+    """What Slurm takes this job for: COMPLETING once it is cancelled or requeued, else ALIVE."""
     from submitit import JobEnvironment
 
     # ARRAY_INDEX: the plain number of an array's last job means the whole array to squeue
@@ -280,7 +327,7 @@ class Job:
         launcher.run(None, in_process=True)
         left = [r for r in runs if store.folders[r.id].state(r) in ("pending", "interrupted")]
         state = _state() if launcher.stopping and left else ""
-        if state == "RUNNING":
+        if state in ALIVE:
             signal.raise_signal(signal.SIGUSR2)  # submitit's handler, which requeues
         for run in left:
             missing = [label(study.unique[i]) for i in run.reads

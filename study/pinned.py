@@ -13,13 +13,13 @@ import subprocess
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 from study.errors import StudyError
 from study.store import read_json, write_json
 
 OWN = Path(__file__).parent
-TOLD = "code.json"  # beside the package in a copy
+TOLD, GIVEN = "code.json", "given"  # beside the package in a copy; what was given lies apart
 
 
 def files(own: Path = OWN) -> list[Path]:
@@ -62,37 +62,42 @@ def code() -> dict[str, object]:
 
 
 def pin(folder: Path, *others: Path) -> None:
-    """Makes `folder` a copy of the package, as study/, and of `others`, whole or not at all; one
-    that is there already is left alone. Raises StudyError where it is not this code and these
-    files, and nothing else: jobs would run what somebody put there."""
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(mkdtemp(prefix=".pinned", dir=folder.parent))
-        made.chmod(0o755)
-        for file in files():
-            copy = made / "study" / file.relative_to(OWN)
+    """Makes `folder` a copy of the package, as study/, and of `others`, in given/, whole or not at
+    all; one that is there already is left alone. Raises StudyError where it can't be made, and
+    where it is not this code and these files, and nothing else: jobs would run what somebody put
+    there."""
+    try:
+        if not folder.exists():
+            _copy(folder, others)
+        _check(folder, others, "not the copy that was made for jobs; remove it")
+    except OSError as error:
+        raise StudyError(f"{folder}: no copy for jobs can be made: {error.strerror}") from None
+
+
+def _copy(folder: Path, others: Sequence[Path]) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".pinned", dir=folder.parent) as place:
+        made = Path(place) / folder.name
+        copies = {f: made / "study" / f.relative_to(OWN) for f in files()}
+        for file, copy in (copies | {f: made / GIVEN / f.name for f in others}).items():
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
-        for file in others:
-            shutil.copyfile(file, made / file.name)
         write_json(made / TOLD, code())
         try:
             _check(made, others, "changed while it was copied; give the command again")
             os.rename(made, folder)
         except (OSError, StudyError):
-            shutil.rmtree(made)
             if not folder.exists():  # else another command was quicker
                 raise
-    _check(folder, others, "not the copy that was made for jobs; remove it")
 
 
 def _check(folder: Path, others: Sequence[Path], why: str) -> None:
     """The folder holds this code, these files and nothing else, else StudyError."""
     expected = {Path("study") / f.relative_to(OWN) for f in files()}
-    expected |= {Path(TOLD), *(Path(f.name) for f in others)}
+    expected |= {Path(TOLD), *(Path(GIVEN, f.name) for f in others)}
     there = [p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()]
     same = {p.relative_to(folder) for p in there} == expected
     same = same and not any(p.is_symlink() for p in folder.rglob("*"))
     same = same and digest(folder / "study") == code()["code"]
-    if not same or any((folder / f.name).read_bytes() != f.read_bytes() for f in others):
+    if not same or any((folder / GIVEN / f.name).read_bytes() != f.read_bytes() for f in others):
         raise StudyError(f"{folder}: {why}")

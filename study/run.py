@@ -272,7 +272,7 @@ def summary(console: Console, store: Store, wanted: list[Run]) -> int:
             why = printable(blocked[run.id])
             console.print(f"blocked: {label(run)}: {why}", highlight=False, markup=False)
     for line in queue.lines(states):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"report: python analysis/report.py {store.path}  ->  "
         f"{store.path / 'report' / 'report.html'}",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -107,14 +109,14 @@ def test_plan_shows_what_would_be_submitted_and_needs_no_slurm(
     monkeypatch.setenv("PATH", str(tmp_path))
     path = write(tmp_path)
     words = ["--results", str(tmp_path / "results"), "--on", "slurm", "--plan", "--minutes", "0"]
-    given = ["--slurm", "partition=gpu", "--slurm", "mem=4", "--slurm",
+    given = ["--slurm", "partition=gpu", "--slurm", "mem=4G", "--slurm",
              "additional_parameters={reservation: night}"]  # fmt: skip
     assert main([str(path), *words, *given]) == 0
     told = capsys.readouterr().out
     for line in ("array1: 4 jobs", "array2: 2 jobs", "#SBATCH --dependency=afterany:array1",
-                 "#SBATCH --partition=gpu", "#SBATCH --mem=4", "#SBATCH --gpus-per-node=1",
+                 "#SBATCH --partition=gpu", "#SBATCH --mem=4G", "#SBATCH --gpus-per-node=1",
                  "#SBATCH --reservation=night", "#SBATCH --time=240", "#SBATCH --array=0-3%4",
-                 "job 1, about 0.0 minutes: cd-small-s1"):  # fmt: skip
+                 "job 1, about 1.4 minutes: cd-small-s1"):  # fmt: skip
         assert line in told, line
     assert not (tmp_path / "results").exists()
     assert main([str(path), *words[:-3]]) == 2
@@ -130,6 +132,9 @@ def test_plan_shows_what_would_be_submitted_and_needs_no_slurm(
         (["--slurm", "cpus_per_task=2.5"], "Expected `int | null`"),
         (["--slurm", "time=14"], "at least 15 minutes"),
         (["--slurm", "dependency=afterok:1"], "set by --on slurm"),
+        (["--slurm", "mem=4"], "Slurm would take it for megabytes; name the unit, 4G or 4M"),
+        (["--slurm", "mem_per_cpu=16000"], "name the unit, 16000G or 16000M"),
+        (["--slurm", "additional_parameters={mem-per-gpu: 8}"], "name the unit, 8G or 8M"),
         (["--slurm", "partition"], "key=value expected"),
         (["--workers", "2"], "one run at a time"),
     ],
@@ -152,6 +157,11 @@ def test_a_gpu_is_asked_for_unless_something_else_is() -> None:
     assert parameters([], "auto", "x")["gpus_per_node"] == 1
     assert "gpus_per_node" not in parameters([], "cpu", "x")
     assert "gpus_per_node" not in parameters(["gres=gpu:a100:1"], "auto", "x")
+
+
+def test_all_memory_of_a_node_has_no_unit() -> None:
+    assert parameters(["mem=0"], "cpu", "x")["mem"] == "0"
+    assert parameters(["mem=1.5G"], "cpu", "x")["mem"] == "1.5G"
 
 
 def test_a_refused_array_is_told_and_the_same_command_submits_the_rest(
@@ -190,7 +200,8 @@ def test_nothing_is_submitted_twice_and_what_is_gone_is_again(
     capsys.readouterr()
     assert main([str(path), "--results", str(tmp_path / "results"), "--status"]) == 3
     told = capsys.readouterr().out
-    log = tmp_path / "results/small" / FOLDER / "41_0_0_log.out"
+    folder = tmp_path / "results/small" / FOLDER
+    log = folder / read_json(folder / "41.json")["folder"] / "41_0_0_log.out"
     assert f"job 41_0: gone, 1 run not done; log: {log}" in told
     assert "1 pending, 5 queued" in " ".join(told.split())
     assert main(command(path)) == 3
@@ -201,15 +212,143 @@ def test_nothing_is_submitted_twice_and_what_is_gone_is_again(
     assert "squeue does not answer" in capsys.readouterr().out and len(fake.scripts()) == 5
 
 
+def test_jobs_of_another_cluster_are_not_this_ones(
+    tmp_path: Path, fake: Fake, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path)
+    results = tmp_path / "results"
+    fake.program("scontrol", "echo 'ClusterName             = there'\n")
+    assert main(command(path)) == 3
+    records = sorted(p.name for p in (results / "small" / FOLDER).glob("*.json"))
+    assert records == ["there-41.json", "there-42.json"]
+    assert read_json(results / "small" / FOLDER / "there-41.json")["cluster"] == "there"
+    queue = Queue(results / "small")
+    for number in (41, 42):  # what this cluster gives next, and what it holds already
+        (fake.folder / f"script.{number - 40}").unlink()
+    (fake.folder / "queue").write_text("".join(f"41_{i} RUNNING\n" for i in range(4)))
+    assert len(Queue(results / "small").held) == 4 and not queue.others
+    fake.program("scontrol", "echo 'ClusterName             = here'\n")
+    said = "2 arrays of cluster 'there' left out: this is cluster 'here'"
+    capsys.readouterr()
+    assert main([*command(path), "--plan"]) == 0
+    told = capsys.readouterr().out
+    assert "6 runs to submit, 0 queued already" in told and said in told
+    assert main(command(path)) == 3
+    told = capsys.readouterr().out
+    assert "6 runs to submit, 0 queued already" in told and said in told
+    assert len(list((results / "small" / FOLDER).glob("*-41.json"))) == 2  # none is overwritten
+    assert len(Queue(results / "small").held) == 4
+    fake.program("scontrol", "exit 1\n")  # whose a record is can't be told, and none is left out
+    assert not Queue(results / "small").others
+    record = results / "small" / FOLDER / "here-41.json"
+    write_json(record, {k: v for k, v in read_json(record).items() if k != "cluster"})
+    fake.program("scontrol", "echo 'ClusterName             = here'\n")
+    assert len(Queue(results / "small").held) == 4  # one without a name is taken for this one's
+
+
+def full(*_: object, **__: object) -> None:
+    """What writing to a full disk does."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    "place", ["study.pinned.shutil.copyfile", "study.pinned.write_json", "study.pinned.os.rename",
+              "submitit.core.utils.cloudpickle_dump", "study.cluster.mkdtemp",
+              "study.cluster.write_json"],
+)  # fmt: skip
+def test_a_disk_that_is_full_is_told_and_the_same_command_goes_on(
+    tmp_path: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], place: str
+) -> None:  # fmt: skip
+    path, folder = write(tmp_path), tmp_path / "results/small" / FOLDER
+    with monkeypatch.context() as patch:
+        patch.setattr(place, full)
+        assert main(command(path)) == 2
+    told = capsys.readouterr().err.replace("\n", " ")
+    assert "No space left on device" in told and str(folder) in told
+    pinned = place.startswith("study.pinned")
+    assert pinned or "array 1 of 3 was not submitted: " in told
+    there = [p.name for p in folder.glob("*")] + [p.name for p in folder.glob(".*")]
+    assert len(there) == (0 if pinned else 1)  # the copy, or nothing
+    assert main(command(path)) == 3
+    assert "submitted" in capsys.readouterr().out and len(Queue(folder.parent).job) == 6
+
+
+def test_a_job_whose_payload_or_record_cannot_be_written_is_taken_back(
+    tmp_path: Path, fake: Fake, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, folder = write(tmp_path), tmp_path / "results/small" / FOLDER
+    sbatch = (fake.folder / "sbatch").read_text().removeprefix("#!/bin/sh\n")
+    fake.program("squeue", f"""case "$*" in
+*%o*) echo "40 /else/where/.submission_file_x.sh"; echo "41 $(cat {fake.folder}/given)";;
+esac
+""")
+    fake.program("scancel", f'echo "$@" >> {fake.folder}/cancelled\n')
+    for harm in ('rm -r "$(dirname "$1")"', f"mkdir {folder}/41.json"):
+        fake.program("sbatch", f'echo "$1" > {fake.folder}/given\n{sbatch}\n{harm}\n')
+        assert main(command(path)) == 2
+        told = capsys.readouterr().err.replace("\n", " ")
+        assert "array 1 of 3 was not submitted" in told and str(folder) in told
+        assert sorted(p.name for p in folder.iterdir() if p.is_file() or "jobs" in p.name) == []
+        (fake.folder / "script.1").unlink()
+    (folder / "41.json").rmdir()
+    assert (fake.folder / "cancelled").read_text() == "41\n41\n"
+    fake.program("sbatch", sbatch)
+    assert main(command(path)) == 3
+
+
+@pytest.mark.parametrize("name", ["code.json", "study", "torch.py", "sitecustomize.py"])
+def test_a_study_file_may_have_any_name(tmp_path: Path, fake: Fake, name: str) -> None:
+    """Also one that something else of the copy has, or that Python would import."""
+    path = write(tmp_path).rename(tmp_path / name)
+    assert main(command(path)) == 3
+    folder = tmp_path / "results" / path.stem / FOLDER
+    home = folder / next(read_json(p) for p in folder.glob("*.json"))["home"]
+    assert sorted(p.name for p in home.iterdir()) == ["code.json", "given", "study"]
+    assert load(home / "given" / name).name == path.stem
+
+
+class Harm:
+    """A pickle that makes a file when it is loaded."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.marker,)
+
+
+def test_a_pickle_that_waits_under_a_jobs_number_is_not_loaded(tmp_path: Path, fake: Fake) -> None:
+    """Slurm may start a job before sbatch has answered, and so before its payload is there."""
+    path, folder = write(tmp_path), tmp_path / "results/small" / FOLDER
+    marker, done = tmp_path / "marker", fake.folder / "done"
+    folder.mkdir(parents=True)
+    for name in ("41_submitted.pkl", "41_0_submitted.pkl", "41_0_result.pkl"):
+        for place in (folder, folder / "jobs-planted"):
+            place.mkdir(exist_ok=True)
+            (place / name).write_bytes(pickle.dumps(Harm(marker)))
+    sbatch = (fake.folder / "sbatch").read_text().removeprefix("#!/bin/sh\n")
+    start = f"(SLURM_JOB_ID=41 bash script.1; touch {done}) > {fake.folder}/out 2>&1 &\nsleep 3"
+    fake.program("srun", 'shift 3; exec "$@"\n')
+    fake.program("sbatch", sbatch.replace("; echo", f"\n{start}\necho"))
+    assert main(command(path, "--only", "ct-*-s0")) == 3
+    until(done.exists)
+    assert not marker.exists(), (fake.folder / "out").read_text()
+    store = Store(tmp_path / "results", read(tmp_path))
+    assert list(store.states().values()).count("done") == 1, (fake.folder / "out").read_text()
+    pickle.loads((folder / "41_submitted.pkl").read_bytes())  # it would have done its harm
+    assert marker.exists()
+
+
 def test_short_runs_share_a_job(tmp_path: Path) -> None:
     study = read(tmp_path, replaced("seeds: [0, 1]", "seeds: [0, 1, 2, 3, 4]"))
     runs, queue = list(study.unique.values()), Queue(tmp_path)
-    found = arrays(runs, {r.id: 50.0 for r in runs}, 3, 2, queue)
+    found = arrays(runs, {r.id: 50.0 for r in runs}, 3, 2, queue, ())
     sizes = [[len(job) for job in array.jobs] for array in found]
     assert sizes == [[3, 3], [3, 1], [3], [2]]  # three of 50 s in 3 minutes, two jobs an array
     assert [a.after for a in found] == [(), (), ("array1",), ("array2",)]
     assert sorted(r.id for a in found for job in a.jobs for r in job) == sorted(r.id for r in runs)
-    found = arrays(runs, {r.id: 500.0 for r in runs}, 3, 99, queue)
+    found = arrays(runs, {r.id: 500.0 for r in runs}, 3, 99, queue, ())
     assert [[len(job) for job in array.jobs] for array in found] == [[1] * 10, [1] * 5]
 
 
@@ -224,10 +363,52 @@ def test_jobs_are_filled_by_the_speed_of_finished_runs(
     spend = trained["spend"] | {"seconds": 90.0}
     write_json(folder / "trained.json", trained | {"spend": spend})
     capsys.readouterr()
-    assert main([*words, "--on", "slurm", "--plan", "--minutes", "3", "--device", "cpu"]) == 0
+    assert main([*words, "--on", "slurm", "--plan", "--minutes", "6", "--device", "cpu"]) == 0
     told = capsys.readouterr().out
-    assert "job 0, about 3.0 minutes: edm-s0, edm-s1" in told
-    assert "job 1, about 1.5 minutes: ct-small-s1" in told and "not known" not in told
+    assert "job 0, about 3.7 minutes: edm-s0, edm-s1" in told
+    assert "job 1, about 2.8 minutes: ct-small-s1" in told
+    assert "is not known: 20 s a measurement assumed" in " ".join(told.split())
+
+
+def test_measurements_that_nobody_timed_take_their_time_and_wait_for_no_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path)
+    words = [str(path), "--results", str(tmp_path / "results")]
+    assert main([*words, "--workers", "0", "--only", "ct-*", "--only", "edm-*"]) == 0
+    for i, file in enumerate((tmp_path / "results/small/runs").glob("*/measures/*.json")):
+        file.write_text("torn") if i % 2 else file.unlink()
+    capsys.readouterr()
+    plan = [*words, "--on", "slurm", "--plan", "--minutes", "3", "--device", "cpu"]
+    assert main([*plan, "--only", "ct-*"]) == 0  # their sources are none; two of 4 x 20 s fit
+    told = " ".join(capsys.readouterr().out.split())
+    assert "job 0, about 2.7 minutes: ct-small-s0, ct-small-s1" in told
+    assert main([*plan, "--minutes", "2", "--only", "ct-*"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "job 0, about 1.3 minutes: ct-small-s0" in told
+    assert "job 1, about 1.3 minutes: ct-small-s1" in told
+    assert main(plan) == 0  # cd is to be trained, and edm is only to be measured
+    told = capsys.readouterr().out
+    assert "array1: " in told and "array2: " not in told and "--dependency" not in told
+
+
+def test_an_array_waits_only_for_sources_that_are_to_be_trained(tmp_path: Path) -> None:
+    runs = list(read(tmp_path).unique.values())
+    seconds, queue = {r.id: 1.0 for r in runs}, Queue(tmp_path)
+    name = {r.id: f"{r.recipe.name}{r.seed}" for r in runs}
+    edm0 = next(r.id for r in runs if name[r.id] == "edm0")
+
+    def found(todo: list, queue: Queue) -> list[tuple[set[str], tuple[str, ...]]]:
+        return [({name[r.id] for job in a.jobs for r in job}, a.after)
+                for a in arrays(todo, seconds, 0, 99, queue, {edm0})]  # fmt: skip
+
+    first = {"edm0", "edm1", "ct0", "ct1", "cd0"}
+    assert found(runs, queue) == [(first, ()), ({"cd1"}, ("array1",))]
+    ids = {name[r.id]: r.id for r in runs}
+    queue.job = {ids["edm0"]: "7_0", ids["edm1"]: "8"}
+    queue.held = dict.fromkeys(queue.job, "RUNNING")  # the one is measured, the other trained
+    cd = [r for r in runs if r.recipe.name == "cd"]
+    assert found(cd, queue) == [({"cd0"}, ()), ({"cd1"}, ("8",))]
 
 
 @pytest.fixture
@@ -278,12 +459,33 @@ esac
     assert cluster._state() == "COMPLETING"
 
 
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize(
+    ("state", "due"), [("RUNNING", True), ("SIGNALING", True), ("COMPLETING", False)]
+)
+def test_a_stopped_job_is_requeued_unless_slurm_has_taken_it(
+    tmp_path: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch, state: str, due: bool
+) -> None:
+    """A job is SIGNALING as long as Slurm has not heard that a preemption's SIGTERM arrived."""
+    path, study, heard = write(tmp_path), read(tmp_path), []
+    fake.program("squeue", f"echo {state}\n")
+    for key, value in (("SUBMITIT_EXECUTOR", "slurm"), ("SLURM_JOB_ID", "7")):
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(cluster.Launcher, "run", lambda self, *_, **__: self.stop())
+    before = signal.signal(signal.SIGUSR2, lambda *_: heard.append(state))
+    try:
+        Job()(str(path), [], str(tmp_path / "results"), "cpu", False, [study.runs[0].id])
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert heard == [state] * due
+
+
 def test_jobs_use_a_copy_of_code_and_study_file(tmp_path: Path, fake: Fake) -> None:
     path = write(tmp_path)
     assert main(command(path)) == 3
     record = read_json(tmp_path / "results/small" / FOLDER / "41.json")
     home = tmp_path / "results/small" / FOLDER / record["home"]
-    assert (home / "small.yaml").read_text() == path.read_text()
+    assert (home / "given/small.yaml").read_text() == path.read_text()
     exports = [x for x in fake.scripts()[0].splitlines() if x.startswith("export PYTHON")]
     ask = "import study.pinned as p; print(p.__file__, p.code())"
 
@@ -298,7 +500,8 @@ def test_jobs_use_a_copy_of_code_and_study_file(tmp_path: Path, fake: Fake) -> N
     assert f"'code': '{code()['code']}'" not in imported()
     path.write_text(TWO_MODES.replace("seeds: [0, 1]", "seeds: [0, 1, 2]"))
     assert main(command(path)) == 3
-    assert "seeds: [0, 1]\n" in (home / "small.yaml").read_text()  # queued jobs read what was sent
+    sent = (home / "given/small.yaml").read_text()
+    assert "seeds: [0, 1]\n" in sent  # queued jobs read what was sent
 
 
 # --- against a real Slurm ---
@@ -334,8 +537,7 @@ class Held:
         return read_lines(self.folder.file("attempts.jsonl"))
 
     def log(self) -> str:
-        log = self.folder.path.parents[1] / FOLDER / f"{self.job}_0_log.out"
-        return log.read_text()
+        return Queue(self.folder.path.parents[1]).logs[self.job].read_text()
 
     def warned(self) -> bool:
         """Whether SIGUSR2 waits for the process to go on, or it had it already."""
@@ -464,6 +666,24 @@ def test_sbatch_itself_says_what_it_refuses(
     assert not list((tmp_path / "results/small" / FOLDER).glob("*.json"))
 
 
+def test_what_slurm_took_and_nothing_records_is_taken_back(
+    real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, folder = write(tmp_path), tmp_path / "results/small" / FOLDER
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster, "write_json", full)
+        assert main(command(path)) == 2
+    assert "array 1 of 2 was not submitted" in capsys.readouterr().err.replace("\n", " ")
+    until(empty)
+    assert len(list(folder.iterdir())) == 1  # the copy of the code
+    store = Store(tmp_path / "results", read(tmp_path))
+    assert "done" not in store.states().values()
+    assert main(command(path, "--only", "ct-*-s0")) == 3
+    until(empty)
+    assert list(store.states().values()).count("done") == 1
+    assert [p.name.split("-")[0] for p in folder.glob("*.json")] == ["test"]  # the cluster's name
+
+
 def test_a_copy_that_somebody_edited_is_not_given_to_jobs(tmp_path: Path) -> None:
     study = write(tmp_path)
     home = tmp_path / "copy"
@@ -474,7 +694,7 @@ def test_a_copy_that_somebody_edited_is_not_given_to_jobs(tmp_path: Path) -> Non
         lambda: (home / "study" / "more.so").write_bytes(b"x"),
         lambda: (home / "sitecustomize.py").write_text("1"),
         lambda: (home / "study" / "__init__.py").unlink(),
-        lambda: (home / study.name).write_text("question: another"),
+        lambda: (home / "given" / study.name).write_text("question: another"),
         lambda: (home / "study" / "link").symlink_to(tmp_path),
     ):
         shutil.rmtree(home)
@@ -493,7 +713,8 @@ def test_code_that_changes_while_it_is_copied_is_not_submitted(
     assert not (tmp_path / "copy").exists() and not list(tmp_path.glob(".pinned*"))
 
 
-@pytest.mark.parametrize("key", ["dependency", "time", "ntasks_per_node", "chdir", "signal"])
+@pytest.mark.parametrize("key", ["dependency", "time", "ntasks_per_node", "chdir", "signal",
+                                 "clusters"])  # fmt: skip
 def test_what_the_arrays_stand_on_has_no_back_door(key: str) -> None:
     with pytest.raises(StudyError, match=f"additional_parameters: {key}: --on slurm stands on"):
         parameters([f"additional_parameters={{{key}: 1}}"], "cpu", "mine")
