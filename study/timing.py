@@ -268,7 +268,8 @@ def train_together(
 
 
 def together(study: Study, run: Run, device: str, workers: int) -> float:
-    """Images per second of all processes that train this run at once."""
+    """Images per second of all processes that train this run at once. On a GPU they take turns,
+    unless the fork server started inside `sharing`, as the launcher's does."""
     context = multiprocessing.get_context("forkserver")
     multiprocessing.set_forkserver_preload(["study.timing"])
     barrier, counts = context.Barrier(workers), context.Queue()

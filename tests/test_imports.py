@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 TORCH_FREE = ("errors", "values", "subjects", "factors", "metrics", "meaning",
               "identity", "layers", "settings", "spec", "domains", "checks",
-              "resolve", "bounded", "limits", "store", "seeds", "budget", "launch",
+              "resolve", "bounded", "limits", "store", "seeds", "budget", "sharing", "launch",
               "entry", "progress", "places", "pinned", "forecast", "queued", "cluster", "run",
               "sample")  # fmt: skip
 HEAVY = {"torch", "torchvision", "torch_fidelity", "sklearn"}
