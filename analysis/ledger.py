@@ -86,7 +86,9 @@ def audit(study: Study) -> list[Mismatch]:
                       + " against ".join(f"{digest[:8]} ({several(len(folders), 'run')})"
                                          for digest, folders in digests.items()) + ".")
              for name, digests in study.files.items() if len(digests) > 1]
-    return within + strays + files + _over_study(study.attempts)
+    halves = [Mismatch("halves", "", f"{folder}: two halves of one run, of different trainings: "
+                       f"{why}.") for folder, why in study.halves.items()]
+    return within + strays + halves + files + _over_study(study.attempts)
 
 
 def _parts(parts: dict[Any, list[str]]) -> str:

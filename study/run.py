@@ -21,6 +21,7 @@ from study.domains import check_counts, check_extractors
 from study.errors import StudyError, nearest, printable
 from study.extractors.names import is_inception
 from study.forecast import forecast
+from study.halves import check_whole
 from study.launch import Launcher, devices
 from study.places import present, weights_file
 from study.progress import Display, label, state_table
@@ -217,6 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise StudyError("--workers: a job works on one run at a time; not with --on slurm")
         study = load(options.study, tuple(options.set))
         store, wanted = Store(options.results, study), chosen(study, options.only)
+        check_whole({f.path: f.trained for f in store.folders.values()})
         if options.plan:
             check_weights(store, wanted, thorough=False)
             show_plan(console, store, wanted)

@@ -57,6 +57,7 @@ class Trained(TypedDict):
     sha256: dict[str, str]
     data_digest: str
     inputs: dict[str, str]
+    attempt: NotRequired[str | None]
     sigma_data: NotRequired[float]
     shape: NotRequired[list[int]]
 
