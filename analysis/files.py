@@ -124,3 +124,4 @@ class Record(TypedDict):
 
     id: str
     settings: Settings
+    snapshot: NotRequired[str | None]

@@ -34,7 +34,7 @@ from analysis.records import (
 )
 from study.bounded import content, decoded, inside
 from study.errors import StudyError, nearest
-from study.halves import mixed
+from study.halves import foreign, mixed
 
 RUN_COLUMNS = ("name", "role", "cell", "seed", "id", "folder", "same_as", "state", "outcome",
                "reason", *SPEND, "charged_images", "images_total",
@@ -266,6 +266,10 @@ def _read_run(folder: Path, entry: dict[str, Any], problems: list[str]) -> _Run:
         record = None
         if file in present:
             record = read(f"measures/{file}", Record)
+            if record is not None and foreign(trained, file, record):
+                problems.append(f"{relative}/measures/{file}: of other weights than the run's; "
+                                "not used")
+                record = None
         if record is not None:
             records[f"{relative}/measures/{file}"] = record
         elif file in present:

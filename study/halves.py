@@ -5,6 +5,7 @@ rows have seconds that no second training repeats, and the digest of the line in
 that the attempt began with which wrote it. Where two machines worked on one run and its files
 were copied one by one, the halves of two trainings can come to lie in one folder: its numbers are
 the one's, its log and its device the other's. Both logs are short, so every command can look.
+A measurement holds the SHA-256 of its snapshot: one of another training's is made again.
 """
 
 from __future__ import annotations
@@ -47,6 +48,15 @@ def mixed(trained: Mapping[str, Any], attempts: bytes | None, steps: bytes | Non
     if trained.get("attempt") not in (None, *begun(attempts)):
         return f"{ATTEMPTS} lacks the attempt that wrote trained.json"
     return None
+
+
+def foreign(
+    trained: Mapping[str, Any], file: str, measurement: Mapping[str, Any]
+) -> bool:
+    """Whether a measurement, in a file PROGRESS-..., is of other weights than those that
+    trained.json tells of; one that does not say is not."""
+    known = trained.get("sha256", {}).get(f"snapshots/{file.split('-')[0]}.pt")
+    return measurement.get("snapshot") not in (None, known)
 
 
 def check_whole(trained: Mapping[Path, Mapping[str, Any] | None]) -> None:

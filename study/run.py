@@ -24,7 +24,7 @@ from study.forecast import forecast
 from study.halves import check_whole
 from study.launch import Launcher, devices
 from study.places import present, weights_file
-from study.progress import Display, label, state_table
+from study.progress import Display, label, several, state_table
 from study.queued import Queue
 from study.resolve import load
 from study.spec import Run, Study
@@ -192,9 +192,10 @@ def show_plan(console: Console, store: Store, wanted: list[Run]) -> None:
     due = sum(len(store.folders[r.id].due(r)) for r in kept) + sum(len(r.measures) for r in new)
     console.print(state_table(store.study, states))
     console.print(
-        f"{len(new)} runs to train ({sum(r.recipe.factors.budget.images for r in new):,} "
-        f"images), {len(kept)} kept, {due} measurements to make, "
-        f"{len(store.orphans)} folders that this study does not ask for",
+        f"{several(len(new), 'run')} to train "
+        f"({sum(r.recipe.factors.budget.images for r in new):,} images), {len(kept)} kept, "
+        f"{several(due, 'measurement')} to make, "
+        f"{several(len(store.orphans), 'folder')} that this study does not ask for",
         highlight=False,
     )
     if new and (expected := forecast(store, new)):

@@ -13,11 +13,11 @@ import torch
 from studies import content, write
 from test_promises import FULL, half_trained, run
 
-from analysis import report
+from analysis import load, report
 from study import worker
 from study.halves import begun, mixed
 from study.run import main
-from study.store import append_line, read_lines
+from study.store import append_line, read_json, read_lines, sha256, write_json
 
 ROOT = Path(__file__).parents[1]
 CT = "ct-small-s0"
@@ -130,6 +130,24 @@ def test_a_run_that_was_stopped_and_resumed_is_whole(copies: Path) -> None:
     next((here / "measures").iterdir()).unlink()
     assert run(copies / "b" / "small.yaml", results, "--only", f"{CT}*") == 0
     assert len(begun((here / "attempts.jsonl").read_bytes())) == 4
+
+
+def test_measurements_of_another_training_are_named_and_made_again(copies: Path) -> None:
+    """Both machines finished the run, on devices that round differently, and measured different
+    things: a copy file by file leaves the other's numbers beside this one's weights."""
+    path, results = copies / "b" / "small.yaml", copies / "b" / "results"
+    folder = folder_of(copies / "b")
+    first, *others = sorted((folder / "measures").iterdir())
+    whole = read_json(first)
+    (name,) = [n for n in read_json(folder / "trained.json")["sha256"] if first.name[:5] in n]
+    assert whole["snapshot"] == sha256(folder / name)
+    write_json(first, whole | {"value": 1e3, "snapshot": "0" * 64})
+    study = load.load(results / "small")
+    told = f"runs/{folder.name}/measures/{first.name}: of other weights than the run's; not used"
+    assert study.problems == (told,)
+    assert 1e3 not in study.measures["value"].tolist() and others
+    assert run(path, results, "--only", "*-s0") == 0
+    assert read_json(first) | {"seconds": 0} == whole | {"seconds": 0}
 
 
 def test_runs_of_before_are_whole_as_far_as_can_be_told() -> None:
