@@ -234,6 +234,7 @@ def measure(
                 "at": settings.at,
                 "images": points[settings.at],
                 "settings": {**record, "at": settings.at},
+                "snapshot": folder.trained["sha256"].get(snapshot_name(settings.at)),
                 "inputs": {i: lookup(i).digest(LAST) for i in settings.consults},
                 **finite(result),
                 "seconds": round(time.perf_counter() - start, 3),

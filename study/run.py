@@ -21,9 +21,10 @@ from study.domains import check_counts, check_extractors
 from study.errors import StudyError, nearest, printable
 from study.extractors.names import is_inception
 from study.forecast import forecast
+from study.halves import check_whole
 from study.launch import Launcher, devices
 from study.places import present, weights_file
-from study.progress import Display, label, state_table
+from study.progress import Display, label, several, state_table
 from study.queued import Queue
 from study.resolve import load
 from study.spec import Run, Study
@@ -191,9 +192,10 @@ def show_plan(console: Console, store: Store, wanted: list[Run]) -> None:
     due = sum(len(store.folders[r.id].due(r)) for r in kept) + sum(len(r.measures) for r in new)
     console.print(state_table(store.study, states))
     console.print(
-        f"{len(new)} runs to train ({sum(r.recipe.factors.budget.images for r in new):,} "
-        f"images), {len(kept)} kept, {due} measurements to make, "
-        f"{len(store.orphans)} folders that this study does not ask for",
+        f"{several(len(new), 'run')} to train "
+        f"({sum(r.recipe.factors.budget.images for r in new):,} images), {len(kept)} kept, "
+        f"{several(due, 'measurement')} to make, "
+        f"{several(len(store.orphans), 'folder')} that this study does not ask for",
         highlight=False,
     )
     if new and (expected := forecast(store, new)):
@@ -217,6 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise StudyError("--workers: a job works on one run at a time; not with --on slurm")
         study = load(options.study, tuple(options.set))
         store, wanted = Store(options.results, study), chosen(study, options.only)
+        check_whole({f.path: f.trained for f in store.folders.values()})
         if options.plan:
             check_weights(store, wanted, thorough=False)
             show_plan(console, store, wanted)
