@@ -60,7 +60,7 @@ class Snapshot:
             lambda net, *address: evaluate.features(self.images(*address), net)
         )
         self.statistics = cache(
-            lambda net, *address: evaluate.statistics(self.features(net, *address))
+            lambda net, *address: evaluate.statistics(self.features(net, *address), device)
         )
 
     def _sampled(self, n: int, nfe: int, mid: float | None, draw: int) -> Iterator[Tensor]:
