@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, library
+from torch.autograd import forward_ad
 
 from study.noise import dropout, salt
 
@@ -51,7 +52,7 @@ def norm_silu(
         around = e, w, b, scale, shift, key if p else None
         numbers = groups, eps, 1.0, p, layer, silu
         return torch.ops.study.norm_silu(_last(x), None, *around, *numbers)[0]
-    h = F.group_norm(x if e is None else x + _spread(e), groups, w, b, eps)
+    h = _normed(x if e is None else x + _spread(e), w, b, groups, eps)
     if scale is not None:
         h = torch.addcmul(_spread(shift), h, _spread(scale) + 1)
     h = F.silu(h) if silu else h
@@ -79,8 +80,16 @@ def add_norm_silu(
         return z, y
     z = x if e is None else x + _spread(e)
     z = (z + skip) * gain if gain != 1 else z + skip
-    y = F.group_norm(z, groups, w, b, eps)
+    y = _normed(z, w, b, groups, eps)
     return z, F.silu(y) if silu else y
+
+
+def _normed(x: Tensor, w: Tensor, b: Tensor, groups: int, eps: float) -> Tensor:
+    """GN(x) w + b by torch, whose older versions (2.11) derive it in forward mode only where
+    channels come first."""
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None:
+        x = x.contiguous()
+    return F.group_norm(x, groups, w, b, eps)
 
 
 def _last(x: Tensor) -> Tensor:
