@@ -19,14 +19,16 @@ import pytest
 import slurm
 from studies import TWO_MODES, content, read, replaced, write
 
-from study import cluster, pinned
-from study.cluster import Job, arrays, parameters
+from study import cluster, jobs, pinned
+from study.cluster import arrays
 from study.errors import StudyError
+from study.jobs import Job
+from study.parameters import parameters
 from study.pinned import code
 from study.queued import FOLDER, Queue
 from study.resolve import load
 from study.run import main
-from study.store import Folder, Store, read_json, read_lines, write_json
+from study.store import Folder, Store, append_line, read_json, read_lines, write_json
 
 ROOT = Path(__file__).parents[1]
 REQUEUES = "Calling checkpoint method"  # what submitit logs before it has a job requeued
@@ -129,6 +131,11 @@ def test_plan_shows_what_would_be_submitted_and_needs_no_slurm(
         (["--slurm", "partitoin=gpu"], "did you mean 'partition'"),
         (["--slurm", "cheese=1"], "allowed: account, "),
         (["--slurm", "time=soon"], "Expected `int`"),
+        (["--slurm", "time=4:00:00"], "Expected `int`, got `str`; minutes, a whole number"),
+        (["--slurm", "gpus_per_node=0", "--device", "auto"], "would find no GPU; runs on CPUs"),
+        (["--slurm", "gres=gpu:a100:0", "--device", "cuda"], "want --device cpu"),
+        (["--slurm", "gres=none", "--device", "auto"], "gres=none: its jobs would find no GPU"),
+        (["--slurm", "additional_parameters={gpus: 0}", "--device", "auto"], "would find no GPU"),
         (["--slurm", "cpus_per_task=2.5"], "Expected `int | null`"),
         (["--slurm", "time=14"], "at least 15 minutes"),
         (["--slurm", "dependency=afterok:1"], "set by --on slurm"),
@@ -143,7 +150,8 @@ def test_what_slurm_would_misunderstand_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
 ) -> None:
     assert main(command(write(tmp_path), "--plan", *words)) == 2
-    assert said in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert said in told.err and not told.out  # before anything is shown
 
 
 def test_a_slurm_parameter_without_slurm_is_refused(
@@ -156,7 +164,11 @@ def test_a_slurm_parameter_without_slurm_is_refused(
 def test_a_gpu_is_asked_for_unless_something_else_is() -> None:
     assert parameters([], "auto", "x")["gpus_per_node"] == 1
     assert "gpus_per_node" not in parameters([], "cpu", "x")
-    assert "gpus_per_node" not in parameters(["gres=gpu:a100:1"], "auto", "x")
+    for said in ("gres=gpu:a100:1", "gres=gpu", "gpus_per_task=1", "gres=lustre:1,shard:20",
+                 "additional_parameters={gpus: 2}"):  # fmt: skip
+        assert "gpus_per_node" not in parameters([said], "auto", "x"), said
+    assert parameters(["gres=lustre:1"], "auto", "x")["gpus_per_node"] == 1
+    assert parameters(["gpus_per_node=0"], "cpu", "x")["gpus_per_node"] == 0
 
 
 def test_all_memory_of_a_node_has_no_unit() -> None:
@@ -172,7 +184,8 @@ def test_a_refused_array_is_told_and_the_same_command_submits_the_rest(
     assert main(command(path)) == 2
     told = capsys.readouterr().err.replace("\n", " ")
     assert "array 2 of 3 was not submitted" in told and "QOSMaxSubmitJobPerUserLimit" in told
-    assert "submitted before it: 41" in told
+    assert "submitted before it, and left alone by the next command: 41" in told
+    assert told.count("QOSMaxSubmitJobPerUserLimit") == 1
     (fake.folder / "limit").unlink()
     (fake.folder / "queue").write_text("41_0 PENDING\n41_1 RUNNING\n41_2 PENDING\n")
     assert main(command(path)) == 3
@@ -202,7 +215,7 @@ def test_nothing_is_submitted_twice_and_what_is_gone_is_again(
     told = capsys.readouterr().out
     folder = tmp_path / "results/small" / FOLDER
     log = folder / read_json(folder / "41.json")["folder"] / "41_0_0_log.out"
-    assert f"job 41_0: gone, 1 run not done; log: {log}" in told
+    assert f"job 41_0: gone, not done: edm-s0; log: {log}" in told
     assert "1 pending, 5 queued" in " ".join(told.split())
     assert main(command(path)) == 3
     assert len(fake.scripts()) == 4
@@ -432,10 +445,24 @@ def test_a_run_whose_source_is_not_there_leaves_at_once_and_says_why(
     assert [store.folders[i].state(study.unique[i]) for i in ids] == ["pending", "done"]
 
 
-def test_a_requeued_job_does_not_try_failures_again() -> None:
-    again = Job().checkpoint("small.yaml", [], "results", "cpu", True, ["a", "b"])
-    assert again.args == ("small.yaml", [], "results", "cpu", False, ["a", "b"])
-    assert isinstance(again.function, Job)
+@pytest.mark.usefixtures("handlers")
+def test_a_requeued_job_tries_only_what_it_has_not_tried(
+    tmp_path: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two runs that failed before, one failed again before the job was requeued."""
+    path, study = write(tmp_path), read(tmp_path)
+    store, ids = Store(tmp_path / "results", study), [r.id for r in study.runs if r.seed == 0][:2]
+    for i, job in zip(ids, ("7_3", "6_3"), strict=True):
+        store.folders[i].path.mkdir(parents=True)
+        row = {"event": "end", "reason": "no luck", "job": job}
+        append_line(store.folders[i].file("attempts.jsonl"), row)
+    for key, value in (("JOB_ID", "9"), ("ARRAY_JOB_ID", "7"), ("ARRAY_TASK_ID", "3")):
+        monkeypatch.setenv(f"SLURM_{key}", value)
+    again = Job().checkpoint(str(path), [], str(tmp_path / "results"), "cpu", True, ids)
+    with pytest.raises(SystemExit, match="error: of 2 runs: 1 failed"):
+        again.function(*again.args)
+    assert [store.folders[i].state(study.unique[i]) for i in ids] == ["failed", "done"]
+    assert [r.get("job") for r in store.folders[ids[1]].attempts()] == ["6_3", "7_3", "7_3"]
 
 
 def test_a_job_of_an_array_asks_about_itself_alone(
@@ -453,10 +480,10 @@ esac
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
-    assert cluster._state() == "RUNNING"
+    assert jobs._state() == "RUNNING"
     monkeypatch.delenv("SLURM_ARRAY_JOB_ID")
     monkeypatch.setenv("SLURM_JOB_ID", "9")
-    assert cluster._state() == "COMPLETING"
+    assert jobs._state() == "COMPLETING"
 
 
 @pytest.mark.usefixtures("handlers")
@@ -471,7 +498,7 @@ def test_a_stopped_job_is_requeued_unless_slurm_has_taken_it(
     fake.program("squeue", f"echo {state}\n")
     for key, value in (("SUBMITIT_EXECUTOR", "slurm"), ("SLURM_JOB_ID", "7")):
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr(cluster.Launcher, "run", lambda self, *_, **__: self.stop())
+    monkeypatch.setattr(jobs.Launcher, "run", lambda self, *_, **__: self.stop())
     before = signal.signal(signal.SIGUSR2, lambda *_: heard.append(state))
     try:
         Job()(str(path), [], str(tmp_path / "results"), "cpu", False, [study.runs[0].id])
