@@ -244,12 +244,15 @@ def _send(todo: list[Array], values: dict[str, Any], home: Path, cluster: str | 
         except (FailedJobError, FailedSubmissionError, OSError) as error:
             if folder != home.parent:
                 withdraw(folder)
-            said = " ".join(str(error).split())
+            said = "; ".join(line.strip() for line in str(error).splitlines())
+            if device == "cuda" and "gres" in said:
+                said += " (a job asks for a GPU unless --device cpu is given)"
             if isinstance(error, OSError):
                 said = f"{error.filename or folder}: {error.strerror}"
             raise StudyError(
-                f"array {i} of {len(todo)} was not submitted: {said}; submitted before it, and "
-                f"left alone by the next command: {', '.join(ids.values()) or 'nothing'}"
+                f"array {i} of {len(todo)} was not submitted: {said}; submitted before it: "
+                f"{', '.join(ids.values()) or 'nothing'}"
+                f"{', and the same command leaves that alone' if ids else ''}"
             ) from None
         ids[f"array{i}"] = number
         console.print(f"submitted {number}: {counted(len(asked), 'job')}, "
