@@ -490,6 +490,8 @@ def test_what_leaves_the_copy_while_a_job_runs_is_not_found_elsewhere(
     pinned.pin(home, write(tmp_path))
     whole = sealed.digest(home)
     (tmp_path / "submitit/core").mkdir(parents=True)
+    (tmp_path / "submitit/__init__.py").touch()
+    (tmp_path / "submitit/core/__init__.py").touch()
     (tmp_path / "submitit/core/_submit.py").write_text(f"""
 import os, sys
 import study.cluster, study.extractors.names
@@ -501,7 +503,7 @@ try:
 except ModuleNotFoundError as error:
     print(sys.argv[1], error)
 """)
-    words = [sys.executable, "-u", str(home / "study/sealed.py"), whole, "-u", "-m", "x", "payload"]
+    words = [sys.executable, "-u", str(home / "study/sealed.py"), whole, "-m", "x", "payload"]
     path = os.pathsep.join(map(str, (decoy, tmp_path)))
     done = subprocess.run(words, text=True, capture_output=True, check=False, cwd=tmp_path, env={
         **os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1",
