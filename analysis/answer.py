@@ -7,6 +7,7 @@ import math
 import pandas as pd
 
 from analysis import stats, tables
+from analysis.identities import standing
 from analysis.load import Study
 from analysis.recipes import computed
 from analysis.words import ONE_NETWORK, interval, p_text, percent_text, several, signed
@@ -27,13 +28,14 @@ def answers(study: Study, table: pd.DataFrame) -> list[str]:
             sentences.append(f"{where}{primary['variant']} and {primary['against']} are the same "
                              "run: there is nothing to compare.")
         sentences += [where + told(study, row) for _, row in rows.iterrows()]
-    return [s[:1].upper() + s[1:] if s.startswith("no ") else s for s in sentences]
+    return [s[:1].upper() + s[1:] if s.startswith(("no ", "on ")) else s for s in sentences]
 
 
 def told(study: Study, row: pd.Series) -> str:
-    """A comparison of the table in one sentence."""
+    """A comparison of the table in one sentence, led by what it stands on where that differs."""
     fixed = {r["name"] for r in study.recipes if r["cell"] == row.cell and computed(r)}
-    return sentence(row, bool({row.variant, row.baseline} & fixed))
+    text, on = sentence(row, bool({row.variant, row.baseline} & fixed)), standing(row)
+    return f"on {on}, {text}" if on else text
 
 
 def sentence(row: pd.Series, fixed: bool = False) -> str:
@@ -146,8 +148,9 @@ def _floor(row: pd.Series) -> str:
     size = (f"{interval(row.low, row.high, log)}, 95 % interval, " if not math.isnan(row.low) else
             "; ".join((percent_text if log else signed)(float(p.split(":")[1]))
                       for p in row["points"].split()) + ", ")
-    return (f"noise floor: {row.variant} and {row.baseline} are the same training on other noise "
-            f"and order, so their difference ({size}{seeds(row)}) is chance alone.")
+    on = f" on {on}" if (on := standing(row)) else ""
+    return (f"noise floor{on}: {row.variant} and {row.baseline} are the same training on other "
+            f"noise and order, so their difference ({size}{seeds(row)}) is chance alone.")
 
 
 def _rows(table: pd.DataFrame, role: str) -> list[pd.Series]:

@@ -23,13 +23,15 @@ from numpy.typing import NDArray
 
 from analysis import shared, stats, tables, words
 from analysis.document import Block, Section, Table
+from analysis.identities import apart, standing
 from analysis.load import Study
 from analysis.recipes import computed, differing, endless
 
 WEIGHTS = {"mean": (-0.5, -0.5, 0.5, 0.5), "noise": (-0.5, 0.5, -0.5, 0.5),
            "interaction": (1.0, -1.0, -1.0, 1.0)}  # of the corners in the order of Corners
 COLUMNS = ("cell", "contrast", "teacher", "noisy", "exact", "single", *tables.ENDPOINT, "n",
-           "effect", "low", "high", "percent", "percent_low", "percent_high", "sd", "p", "points")
+           "effect", "low", "high", "percent", "percent_low", "percent_high", "sd", "p", "points",
+           "stands_on")
 
 
 @dataclass(frozen=True)
@@ -89,14 +91,15 @@ def effects(study: Study) -> pd.DataFrame:
     for cell in study.cells:
         endpoint = tables.shown_endpoint(study, cell)
         for square in corners(study, cell) if endpoint else ():
-            seeds, g = _blocks(study, cell, endpoint, square)
+            seeds, g, on = _blocks(study, cell, endpoint, square)
             log = stats.is_log(endpoint["metric"])
             for name, values in contrasts(g).items():
                 e = stats.paired(values.tolist())
                 ends = (e.effect, e.low, e.high)
                 percent = [stats.percent(x) if log else float("nan") for x in ends]
                 rows.append(endpoint | dict(zip(COLUMNS[2:6], square.names, strict=True)) | {
-                    "cell": cell, "contrast": name, "n": e.n, "sd": e.sd, "p": e.p,
+                    "cell": cell, "contrast": name, "stands_on": on,
+                    "n": e.n, "sd": e.sd, "p": e.p,
                     **dict(zip(("effect", "low", "high"), ends, strict=True)),
                     **dict(zip(("percent", "percent_low", "percent_high"), percent, strict=True)),
                     "points": " ".join(f"{s}:{x:+.10g}" for s, x
@@ -105,27 +108,29 @@ def effects(study: Study) -> pd.DataFrame:
 
 
 def _blocks(study: Study, cell: str, endpoint: dict[str, Any], square: Corners
-            ) -> tuple[list[int], NDArray[np.float64]]:
-    """The seeds that all four corners have, and their transformed values (seeds, 4)."""
+            ) -> tuple[list[int], NDArray[np.float64], str]:
+    """The seeds that all four corners have, their transformed values (seeds, 4), and what these
+    stand on where there are others, which fewer seeds have."""
     rows = tables.select(study.measures[study.measures.cell == cell], endpoint)
     gone = study.runs[study.runs.outcome == "diverged"]["id"]
     rows = rows[rows.name.isin(square.names) & ~rows["id"].isin(gone)]
-    best: tuple[list[int], NDArray[np.float64]] = ([], np.empty((0, 4)))
-    for _, group in rows.groupby("identity", sort=False):  # only equal identities are compared
+    best: tuple[list[int], NDArray[np.float64], str] = ([], np.empty((0, 4)), "")
+    on = apart(rows.identity)
+    for what, group in rows.groupby("identity", sort=False):  # only equal identities are compared
         wide = group.pivot(index="seed", columns="name", values="value")
         wide = wide.reindex(columns=list(square.names)).sort_index()
         g = stats.transform(endpoint["metric"], wide.to_numpy(dtype=float, copy=True))
         whole = np.isfinite(g).all(axis=1)
         if whole.sum() > len(best[0]):
-            best = wide.index[whole].tolist(), g[whole]
+            best = wide.index[whole].tolist(), g[whole], on[str(what)]
     return best
 
 
 def sentences(study: Study, frame: pd.DataFrame) -> list[str]:
     """One sentence for each contrast that has a block."""
     told = []
-    for row in frame[frame.n > 0].itertuples():
-        where = study.prefix(row.cell)
+    for _, row in frame[frame.n > 0].iterrows():
+        where = study.prefix(row.cell) + (f"on {on}, " if (on := standing(row)) else "")
         log, name = stats.is_log(row.metric), tables.title(row.metric, row.nfe)
         show = words.percent_text if log else words.signed
         changes = {
@@ -149,10 +154,11 @@ def section(study: Study, frame: pd.DataFrame) -> list[Section]:
     labels = {"mean": "exact mean − teacher's mean", "noise": "CT's noise − none",
               "interaction": "noise's effect with the exact mean − with the teacher's"}
     body = []
-    for row in frame.itertuples():
+    for _, row in frame.iterrows():
         log = stats.is_log(row.metric)
         show = words.percent_text if log else words.signed
-        body.append((row.cell, f"{row.contrast}: {labels[row.contrast]}",
+        on = standing(row)
+        body.append((row.cell + f", on {on}" * bool(on), f"{row.contrast}: {labels[row.contrast]}",
                      f"{row.teacher}, {row.noisy}; {row.exact}, {row.single}",
                      show(row.effect) if row.n else "–",
                      words.interval(row.low, row.high, log), str(row.n)))

@@ -109,6 +109,7 @@ class Trained(TypedDict, total=False):
     init_digest: str | None
     stream_digest: str | None
     inputs: dict[str, str]
+    attempt: str | None
     sha256: dict[str, str]
 
 
@@ -123,3 +124,4 @@ class Record(TypedDict):
 
     id: str
     settings: Settings
+    snapshot: NotRequired[str | None]

@@ -7,13 +7,14 @@ FLOPs and seconds are columns beside it, with and without the sources that a run
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
 from analysis import shared
+from analysis.identities import listed
 from analysis.load import Study
 from analysis.words import several
 
@@ -28,6 +29,8 @@ ENVIRONMENT = (("code", "digests of the code"), ("commit", "commits"),
 SPEND = ("images", "charged_images", "images_total", "images_with_sources", "passes",
          "passes_with_sources", "flops", "flops_with_sources", "seconds", "seconds_with_sources",
          "parameters")
+# what the answer itself has to tell of, beside the captions
+ANSWERED = ("data", "halves", "code", "commit", "device", "torch", "python", "dirty")
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ def audit(study: Study) -> list[Mismatch]:
     Within a block, among variants: own + charged images; the data's digest; the digest of images,
     noise and u among runs of one side (student or teacher), data_stream, batch and augment; the
     initial weights of randomly initialised runs of one network; the parameters of one network.
-    Over the study: commit, device, torch, Python, and whether the checkout was clean.
+    Over a cell: the data of its seeds. Over the study: commit, device, torch, Python, and whether
+    the checkout was clean.
     """
     runs = study.runs[(study.runs.role == "variant") & (study.runs.outcome == "trained")
                       & (study.runs.same_as == "") & (study.runs.objective != "fixed_point")]
@@ -86,7 +90,26 @@ def audit(study: Study) -> list[Mismatch]:
                       + " against ".join(f"{digest[:8]} ({several(len(folders), 'run')})"
                                          for digest, folders in digests.items()) + ".")
              for name, digests in study.files.items() if len(digests) > 1]
-    return within + strays + files + _over_study(study.attempts)
+    halves = [Mismatch("halves", "", f"{folder}: two halves of one run, of different trainings: "
+                       f"{why}.") for folder, why in study.halves.items()]
+    seed_of = dict(zip(study.runs["id"], study.runs.seed, strict=True))
+    return (within + _data(study) + strays + halves + files
+            + _over_study(study.attempts, seed_of))
+
+
+def _data(study: Study) -> list[Mismatch]:
+    """Cells in which the seeds do not all stand on the same data."""
+    runs, found = study.runs[study.runs.objective != "fixed_point"], []
+    for cell, rows in runs[runs.data_digest != ""].groupby("cell", sort=False):
+        seeds = rows.groupby("data_digest", sort=False)["seed"].agg(
+            lambda s: tuple(sorted(set(s))))
+        if len(set(seeds)) > 1:
+            each = "; ".join(f"{listed('seed', s)}: {digest[:8]}" for digest, s in seeds.items())
+            found.append(Mismatch("data", str(cell), f"{cell}: {listed('seed', rows.seed)} stand "
+                                  f"on different data (digests of {each}). Values on different "
+                                  "data are never pooled: each row and sentence says on which it "
+                                  "stands, a figure or contrast shows those that most runs have."))
+    return found
 
 
 def _parts(parts: dict[Any, list[str]]) -> str:
@@ -96,7 +119,7 @@ def _parts(parts: dict[Any, list[str]]) -> str:
     return " against ".join(", ".join(names) for names in parts.values())
 
 
-def _over_study(starts: pd.DataFrame) -> list[Mismatch]:
+def _over_study(starts: pd.DataFrame, seed_of: Mapping[str, int]) -> list[Mismatch]:
     found = []
     known = starts["code"].notna().all()  # then commits may differ in what is not code
     for column, label in ENVIRONMENT:
@@ -104,7 +127,11 @@ def _over_study(starts: pd.DataFrame) -> list[Mismatch]:
             continue
         counts = environment(starts, column)
         if len(counts) > 1:
-            each = ", ".join(f"{v} ({several(n, 'run')})" for v, n in counts.items())
+            seeds = {v: listed("seed", (seed_of[i] for i in ids)) for v, ids in
+                     starts.groupby(_values(starts, column))["id"]}
+            told = len(set(seeds.values())) > 1  # else each seed has them all
+            each = ", ".join(f"{v} ({several(n, 'run')}{f' of {seeds[v]}' * told})"
+                             for v, n in counts.items())
             found.append(Mismatch(column, "", f"The runs stand on {len(counts)} {label}: {each}; "
                                   "a resumed run can stand on several."))
     dirty = starts[starts["dirty"].eq(True)]["id"].nunique()
@@ -117,9 +144,12 @@ def _over_study(starts: pd.DataFrame) -> list[Mismatch]:
 
 def environment(starts: pd.DataFrame, column: str) -> dict[str, int]:
     """How many runs were started under each value of a provenance column."""
+    return starts.groupby(_values(starts, column))["id"].nunique().to_dict()
+
+
+def _values(starts: pd.DataFrame, column: str) -> pd.Series:
     values = starts[column].fillna("unknown").astype(str)
-    values = values.str[:12] if column == "commit" else values
-    return starts.groupby(values)["id"].nunique().to_dict()
+    return values.str[:12] if column == "commit" else values
 
 
 def standing(study: Study, mismatches: Iterable[Mismatch], cell: str,

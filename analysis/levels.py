@@ -15,6 +15,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from analysis import shared, tables
+from analysis.identities import apart
 from analysis.load import Study
 from analysis.style import GREY, Look
 
@@ -58,6 +59,10 @@ def stands_on(study: Study, cell: str, kind: str, rows: pd.DataFrame) -> str:
     measured, why = rows["file"].nunique(), lacking.why.value_counts()
     text = f"Stands on {measured} of {measured + len(lacking)} planned files"
     text += f" ({', '.join(f'{n} {w}' for w, n in why.items())})" if len(why) else ""
+    every = study.instruments[(study.instruments.cell == cell) & (study.instruments.kind == kind)]
+    told = (apart(every.identity)[w] for w in rows.identity.unique())
+    data = dict.fromkeys(p for t in told for p in t.split(", ") if p.startswith("data "))
+    text += f", on {' and '.join(data)} alone" * bool(data)
     text += f", at {', '.join(f'{100 * p:g} %' for p in sorted(points))} of the budget. "
     return (text + shared.owed(study, cell, rows.name)).rstrip()
 

@@ -34,6 +34,7 @@ from analysis.records import (
 )
 from study.bounded import content, decoded, inside
 from study.errors import StudyError, nearest
+from study.halves import foreign, mixed
 
 RUN_COLUMNS = ("name", "role", "cell", "seed", "id", "folder", "same_as", "state", "outcome",
                "reason", *SPEND, "charged_images", "images_total",
@@ -73,6 +74,7 @@ class Study:
     missing: pd.DataFrame
     problems: tuple[str, ...]
     strays: tuple[str, ...]  # runs whose source is no longer the one that they learned from
+    halves: dict[str, str]  # what is of another training than trained.json, by folder
     files: dict[str, dict[str, list[str]]]  # folders by file of first weights and its SHA-256
 
     def prefix(self, cell: str) -> str:
@@ -160,7 +162,9 @@ def load(folder: Path) -> Study:
         settings=settings,
         attempts=pd.DataFrame(attempts, columns=list(ATTEMPT_COLUMNS)),
         missing=pd.DataFrame(rows["missing"], columns=list(MISSING_COLUMNS)),
-        problems=tuple(problems), strays=tuple(_strays(plan, found)), files=_files(plan, found))
+        problems=tuple(problems), strays=tuple(_strays(plan, found)),
+        halves={e["folder"]: found[e["id"]].mixed for e in plan["runs"] if found[e["id"]].mixed},
+        files=_files(plan, found))
 
 
 @dataclass
@@ -174,6 +178,7 @@ class _Run:
     records: dict[str, dict[str, Any]]
     missing: dict[str, str]
     state: str
+    mixed: str
 
 
 def _spend(run: _Run, recipe: dict[str, Any]) -> dict[str, float]:
@@ -245,10 +250,12 @@ def _read_run(folder: Path, entry: dict[str, Any], problems: list[str]) -> _Run:
         return record
 
     if not root.is_dir():
-        return _Run({}, "", [], "", {}, dict.fromkeys(entry["measures"], "not started"), "pending")
+        return _Run({}, "", [], "", {}, dict.fromkeys(entry["measures"], "not started"), "pending",
+                    "")
     side = str((read("run.json") or {}).get("role", ""))
     trained = read("trained.json", Trained) or {}
-    events = list(_lines(root / "attempts.jsonl", f"{relative}/attempts.jsonl", problems))
+    attempts = _bytes(root / "attempts.jsonl", f"{relative}/attempts.jsonl", problems)
+    events = list(_lines(attempts or b"", f"{relative}/attempts.jsonl", problems))
     reason = next((str(e.get("reason", "")) for e in reversed(events)
                    if e.get("event") in ("start", "end")), "")
     points = {round(number(s.get("at")), 3) for s in trained.get("snapshots", [])}
@@ -259,6 +266,10 @@ def _read_run(folder: Path, entry: dict[str, Any], problems: list[str]) -> _Run:
         record = None
         if file in present:
             record = read(f"measures/{file}", Record)
+            if record is not None and foreign(trained, file, record):
+                problems.append(f"{relative}/measures/{file}: of other weights than the run's; "
+                                "not used")
+                record = None
         if record is not None:
             records[f"{relative}/measures/{file}"] = record
         elif file in present:
@@ -279,8 +290,10 @@ def _read_run(folder: Path, entry: dict[str, Any], problems: list[str]) -> _Run:
         state = "failed"
     else:
         state = "unfinished" if trained or events else "pending"
+    steps = _bytes(root / "steps.jsonl", f"{relative}/steps.jsonl", problems)
     return _Run(trained, side, [e for e in events if e.get("event") == "start"],
-                str(trained.get("reason") or reason), records, missing, state)
+                str(trained.get("reason") or reason), records, missing, state,
+                mixed(trained, attempts, steps) or "")
 
 
 def _closure(start: str, below: dict[str, set[str]]) -> set[str]:
@@ -319,14 +332,18 @@ def _read(path: Path | str, label: str, problems: list[str], shape: type
         return None
 
 
-def _lines(path: Path, label: str, problems: list[str]) -> Iterable[dict[str, Any]]:
-    """The JSON objects of a .jsonl file; a broken line is named and skipped."""
+def _bytes(path: Path, label: str, problems: list[str]) -> bytes | None:
+    """A file's bytes; None if it is missing, or broken (then named in `problems`)."""
     try:
-        lines = (content(path, where=label) or b"").splitlines()
+        return content(path, where=label)
     except StudyError as error:
         problems.append(str(error))
-        return
-    for index, line in enumerate(lines, start=1):
+        return None
+
+
+def _lines(data: bytes, label: str, problems: list[str]) -> Iterable[dict[str, Any]]:
+    """The JSON objects of a .jsonl file; a broken line is named and skipped."""
+    for index, line in enumerate(data.splitlines(), start=1):
         try:
             yield decoded(line, dict, f"{label}: line {index}")
         except StudyError as error:

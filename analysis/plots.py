@@ -22,6 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from analysis import instruments, oracle, probes, shared, stats, tables, trajectories, words
 from analysis.files import REPORTED, WITH_FLOOR
+from analysis.identities import apart
 from analysis.load import Study
 from analysis.recipes import computed
 from analysis.style import GREY, PALE, STYLE, Drawn, capital, look, palette, save
@@ -131,7 +132,8 @@ def forest(axes: Axes, rows: pd.DataFrame, colours: dict[str, Any], metric: str,
     pad = 0.08 * (high - low) or 0.1
     axes.set_xlim(low - pad, high + pad)
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    labels = [f"{r.variant} $-$ {r.baseline}" for r in rows.itertuples()]
+    labels = [f"{r.variant} $-$ {r.baseline}" + f"\n{r.stands_on}" * bool(r.stands_on)
+              for r in rows.itertuples()]
     axes.set_yticks(range(len(rows)), labels)
     for label, row in zip(axes.get_yticklabels(), rows.itertuples(), strict=True):
         label.set_weight("bold" if row.role == "primary" else "normal")
@@ -182,7 +184,11 @@ def curve(axes: Axes, study: Study, cell: str, endpoint: dict[str, Any], colours
                 & rows.images_total.notna()]
     if rows.empty:
         return []
-    rows = rows[rows.identity == rows.identity.mode()[0]]
+    what = rows.identity.mode()[0]
+    if on := apart(rows.identity)[what]:
+        axes.annotate(f"on {on} alone", (0.01, 0.98), xycoords="axes fraction", va="top",
+                      fontsize=8, color=GREY)
+    rows = rows[rows.identity == what]
     log, one = stats.is_log(endpoint["metric"]), shared.networks(study, cell)
     back = partial(stats.restore, endpoint["metric"])
     lines: dict[str, list[tuple[float, ...]]] = {n: [] for n in names}

@@ -20,6 +20,7 @@ import pandas as pd
 from analysis import answer, factorial, ledger, load, plots, sections, stats, tables, words
 from analysis.document import Block, Figure, Items, Link, Section, Table, Text, html, markdown
 from analysis.files import WITH_FLOOR
+from analysis.identities import standing
 from analysis.load import Study
 from analysis.recipes import computed
 from analysis.shared import owed
@@ -85,13 +86,14 @@ def build(folder: Path) -> Path:
 def _beside(study: Study, table: pd.DataFrame, squares: pd.DataFrame,
             mismatches: list[ledger.Mismatch]) -> list[Block]:
     """What stands under the answer: the comparisons that the study names, mean and noise, other
-    comparisons, what more seeds would show, what all seeds share, and runs of uncommitted code.
+    comparisons, what more seeds would show, what all seeds share, and what of data, code and
+    machines they do not.
     """
     items = (*answer.named(study, table), *factorial.sentences(study, squares),
              *answer.beside(study, table))
     common = [(c, owed(study, c, tables.variants(study, c))) for c in study.cells]
     lines = [*answer.powers(study, table), *(study.prefix(c) + text for c, text in common if text),
-             *(m.sentence for m in mismatches if m.what == "dirty")]
+             *(m.sentence for m in mismatches if m.what in ledger.ANSWERED)]
     return [*([Items(items)] if items else []), *(Text(t) for t in lines)]
 
 
@@ -150,13 +152,14 @@ def _comparisons(study: Study, table: pd.DataFrame, mismatches: list[ledger.Mism
                   *(["Holm p", "sign-flip p", "verdict"] if verdicts else []),
                   "images equal", "with sources"]
         show = words.percent_text if log else words.signed
-        body = [(f"{r.variant} − {r.baseline}", r.differs, show(r.effect) if r.n else "–",
+        body = [(f"{r.variant} − {r.baseline}" + (f", on {on}" if (on := standing(r)) else ""),
+                 r.differs, show(r.effect) if r.n else "–",
                  words.interval(r.low, r.high, log),
                  words.interval(r.low_pooled, r.high_pooled, log),
                  f"{r.n}/{r.planned}" + (f", {r.diverged} diverged" if r.diverged else ""),
                  *((words.p_text(r.p_holm), words.p_text(r.sign_flip_p), r.verdict.split(":")[0])
                    if verdicts else ()), r.matched, r.matched_with_sources)
-                for r in rows.itertuples()]
+                for _, r in rows.iterrows()]
         measured = tables.select(study.measures[study.measures.cell == cell], endpoint)
         caption = [f"{cell}: {tables.described(endpoint)}. Effects above 0 mean worse than the "
                    "baseline" + ("; percent of a ratio of geometric means." if log else "."),
@@ -241,8 +244,9 @@ def _audit(study: Study, mismatches: list[ledger.Mismatch]) -> list[Block]:
                   "in each run that stands on it.")
     if not mismatches:
         return [Text("No mismatch: within every block own + charged images, data, noise and "
-                     "initial weights are equal where they should be, and all runs share code, "
-                     "device, torch and Python."), table]
+                     "initial weights are equal where they should be, all seeds of a cell "
+                     "stand on the same data, and all runs share code, device, torch and "
+                     "Python."), table]
     return [Text(f"{words.several(len(mismatches), 'mismatch')}:"),
             Items(tuple(m.sentence for m in mismatches)),
             table]

@@ -11,6 +11,7 @@ import pandas as pd
 
 from analysis import oracle, tables, trajectories
 from analysis.document import Block, Items, Section, Table, Text
+from analysis.identities import PATHS
 from analysis.instruments import compared
 from analysis.levels import (
     ERROR,
@@ -157,7 +158,7 @@ def paths(study: Study, cell: str) -> list[Block]:
             if top not in end.index:
                 continue
             entry = end.loc[top].to_dict()
-            body.append((str(name), tables.PATHS[path], text_of(entry), text_of(spread),
+            body.append((str(name), PATHS[path], text_of(entry), text_of(spread),
                          text_of(floor) if path.endswith("teacher") else "–",
                          f"{entry['n']:.0f}"))
     return [Table(("variant", "path", "error at T", "spread along the path", "floor", "seeds"),

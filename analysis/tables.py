@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from analysis import shared, stats
 from analysis.files import REPORTED
+from analysis.identities import PATHS, apart
 from analysis.load import Study
 from analysis.recipes import SPLIT, along, computed, counterparts, differing
 from analysis.records import number
@@ -39,8 +40,6 @@ USES = {"fid": ("nfe", "ema", "reference"), "kid": ("nfe", "ema", "reference"),
         **dict.fromkeys(("map_error", "trajectory_error", "pushforward_w2", "pushforward_between"),
                         ("ema",))}  # what else identifies a metric's endpoint; others: nfe and ema
 MEANT = {"trajectories": "trajectory_error", "coverage": "recall", "pushforward": "pushforward_w2"}
-PATHS = {"teacher": "the teacher's", "second_teacher": "the second teacher's",
-         "population": "the population's", "empirical": "the training set's"}
 ENDPOINT = ("metric", "nfe", "at", "ema", "reference")
 STEPS = {1: "one-step ", 2: "two-step "}
 
@@ -49,7 +48,7 @@ COMPARISON_COLUMNS = (
     "low", "high", "low_pooled", "high_pooled", "p", "p_holm", "sign_flip_p", "verdict", "matched",
     "matched_with_sources", "role", "mean_variant", "mean_baseline", "percent",
     "percent_low", "percent_high", "sd", "diverged_variant", "diverged_baseline",
-    "equal_variances_p", "family", "points", "identity", "shared")
+    "equal_variances_p", "family", "points", "identity", "shared", "stands_on")
 FAMILY = ("named", "secondary")  # Holm's
 
 
@@ -80,7 +79,8 @@ def described(endpoint: dict[str, Any]) -> str:
 
 
 def headings(columns: list[tuple[str, str]]) -> list[str]:
-    """Short names for (metric, identity) columns; where two would read alike, the identities."""
+    """Short names for (metric, identity) columns; where two would read alike, with what tells
+    their identities apart."""
     short = []
     for metric, what in columns:
         keys = dict(p.split("=", 1) for p in what[what.index("[") + 1:-1].split(", ") if "=" in p)
@@ -89,8 +89,10 @@ def headings(columns: list[tuple[str, str]]) -> list[str]:
                  f"{keys['nfe']} NFE" if "nfe" in keys else "",
                  keys.get("reference", "").replace("_", "-"))
         short.append(", ".join(filter(None, parts)))
-    return [h if short.count(h) == 1 else what
-            for h, (_, what) in zip(short, columns, strict=True)]
+    alike = [[w for other, (_, w) in zip(short, columns, strict=True) if other == h]
+             for h in short]
+    return [h if len(whats) == 1 else f"{h}, {apart(whats)[what]}"
+            for h, whats, (_, what) in zip(short, alike, columns, strict=True)]
 
 
 def primary_endpoint(study: Study, cell: str) -> dict[str, Any] | None:
@@ -213,7 +215,9 @@ def comparisons(study: Study) -> pd.DataFrame:
         if endpoint and not len(select(frame, endpoint)):
             groups.insert(0, (endpoint, "", frame.iloc[:0]))
         for where, what, group in groups:
-            rows += _group(made, ids, diverged, where | {"cell": cell, "identity": what}, group,
+            on = apart(select(frame, where).identity).get(what, "")
+            rows += _group(made, ids, diverged,
+                           where | {"cell": cell, "identity": what, "stands_on": on}, group,
                            fixed, one, tested=_same(where, endpoint))
     table = pd.DataFrame(rows, columns=list(COMPARISON_COLUMNS))
     _judge(study, table)

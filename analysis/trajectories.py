@@ -9,10 +9,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from analysis.identities import PATHS
 from analysis.levels import BARS, SIGMA, draw, one, over_seeds, rows_of, stands_on
 from analysis.load import Study
 from analysis.style import INK, Drawn, look, plain_log
-from analysis.tables import PATHS
 
 
 def there(rows: pd.DataFrame) -> list[str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,6 +29,7 @@ from study.forecast import BENCH, bench_of, is_timed, step_key
 from study.launch import devices
 from study.resolve import load
 from study.run import chosen, fetch_data
+from study.sharing import sharing
 from study.spec import Run, Study
 from study.store import Store, write_json
 from study.timing import Site, ceiling, determinism, measure_key, steps_of, timed, together
@@ -167,13 +169,16 @@ def bench(
     }
     if options.workers > 1:
         result["together"] = {}
-        for run in runs.values():
-            one, all_ = (together(study, run, str(device), n) for n in (1, options.workers))
-            ratio = all_ / one
-            name = f"{run.recipe.name}-{run.recipe.cell}"
-            result["together"][name] = {"workers": options.workers, "ratio": ratio}
-            console.print(f"{options.workers} of {name} at once: {ratio:.2f} times the "
-                          "images of one alone", highlight=False)  # fmt: skip
+        # around all of it: the fork server outlives a call and keeps the environment it began with
+        say = partial(console.print, highlight=False, markup=False)
+        with sharing([str(device)] * options.workers, say):
+            for run in runs.values():
+                one, all_ = (together(study, run, str(device), n) for n in (1, options.workers))
+                ratio = all_ / one
+                name = f"{run.recipe.name}-{run.recipe.cell}"
+                result["together"][name] = {"workers": options.workers, "ratio": ratio}
+                console.print(f"{options.workers} of {name} at once: {ratio:.2f} times the "
+                              "images of one alone", highlight=False)  # fmt: skip
     total = forecast(study, rows)
     result["forecast_seconds"] = total
     parts = ", ".join(f"{name} {value / 3600:.2f}" for name, value in total.items())

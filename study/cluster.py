@@ -32,7 +32,7 @@ from study.errors import StudyError
 from study.forecast import Speeds, kind_of
 from study.jobs import Job
 from study.pinned import GIVEN, code, pin
-from study.progress import counted, label
+from study.progress import label, several
 from study.queued import FOLDER, Queue, config, limit, plain, set_for_sbatch, withdraw
 from study.spec import Run
 from study.store import Store, now, write_json
@@ -125,7 +125,7 @@ def submit(
                       "will leave as soon as it starts", highlight=False)  # fmt: skip
     for line in queue.others if options.plan else ():  # else the summary says so
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"{counted(len(new), 'run')} to submit, {len(missing) - len(new)} queued "
+    console.print(f"{several(len(new), 'run')} to submit, {len(missing) - len(new)} queued "
                   f"already, {list(states.values()).count('running')} running", highlight=False)
     tried = {r.id: "pending" for r in new if states[r.id] != "failed"}
     for line in queue.lines(tried, {r.id: label(r) for r in new}):  # why it was not made before
@@ -200,7 +200,7 @@ def _show(console: Console, name: str, array: Array, values: dict[str, Any],
         command="", folder=(store.path / FOLDER / f"{JOBS}XXXXXXXX").absolute(), **values,
         **_after(array, {}),
         map_count=count if count > 1 else None)  # fmt: skip
-    lines = [f"{name}: {counted(count, 'job')}"]
+    lines = [f"{name}: {several(count, 'job')}"]
     lines += [line for line in text.splitlines() if line.startswith("#SBATCH")] + values["setup"]
     for i, job in enumerate(array.jobs):
         length = sum(times[r.id] for r in job) / 60
@@ -255,5 +255,5 @@ def _send(todo: list[Array], values: dict[str, Any], home: Path, cluster: str | 
                 f"{', and the same command leaves that alone' if ids else ''}"
             ) from None
         ids[f"array{i}"] = number
-        console.print(f"submitted {number}: {counted(len(asked), 'job')}, "
-                      f"{counted(sum(map(len, asked)), 'run')}", highlight=False)  # fmt: skip
+        console.print(f"submitted {number}: {several(len(asked), 'job')}, "
+                      f"{several(sum(map(len, asked)), 'run')}", highlight=False)  # fmt: skip

@@ -148,9 +148,18 @@ def classes(images: Tensor, net: torch.nn.Module) -> Tensor:
 # numpy's own threads would wait for those of other workers, for longer than they save, and sums
 # would depend on how many there are.
 @threadpool_limits.wrap(limits=1)
-def statistics(features: Tensor) -> Statistics:
-    """Mean and covariance (float64) of features (n, F), by torch-fidelity."""
-    return fid_features_to_statistics(features)
+def statistics(features: Tensor, device: torch.device) -> Statistics:
+    """Mean (float32) and covariance (float64) of features (n, F), by torch-fidelity; on a GPU by
+    `moments`, as InceptionV3's of 50 000 images take one core six seconds."""
+    if device.type == "cpu":
+        return fid_features_to_statistics(features)
+    return moments(features.to(device))
+
+
+def moments(features: Tensor) -> Statistics:
+    """The same on the features' device, in float64."""
+    x = features.double()
+    return {"mu": x.mean(0).float().cpu().numpy(), "sigma": torch.cov(x.T).cpu().numpy()}
 
 
 @threadpool_limits.wrap(limits=1)
@@ -161,7 +170,7 @@ def frechet(a: Statistics, b: Statistics) -> float:
 
 def fid(a: Tensor, b: Tensor) -> float:
     """Frechet distance of two feature sets (n, F), by torch-fidelity."""
-    return frechet(statistics(a), statistics(b))
+    return frechet(*(statistics(x, x.device) for x in (a, b)))
 
 
 def kid(a: Tensor, b: Tensor) -> float:

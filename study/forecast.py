@@ -16,7 +16,7 @@ from study.factors import Budget, FixedPoint, Random
 from study.identity import difference, digest
 from study.launch import gpus
 from study.spec import Run
-from study.store import Folder, Store, read_json
+from study.store import Attempt, Folder, Store, read_json, read_lines
 
 BENCH = "bench.json"  # in results/STUDY: what study.bench found
 CPU = ("cpu", "one CPU thread")  # as attempts name it, and as study.bench does
@@ -73,10 +73,10 @@ def kind_of(device: str, on_cluster: bool = False) -> Kind:
 def ran_on(folder: Folder) -> set[Kind]:
     """The kinds of device that a run was worked on; none where that can't be read."""
     try:
-        named = {row["device"] for row in folder.attempts() if "device" in row}
+        rows = read_lines(folder.file("attempts.jsonl"), Attempt)
     except StudyError:
         return set()
-    return {"cpu" if device in CPU else "cuda" for device in named}
+    return {"cpu" if row["device"] in CPU else "cuda" for row in rows if "device" in row}
 
 
 class Speeds:

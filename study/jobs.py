@@ -19,7 +19,7 @@ from rich.console import Console
 from study.errors import StudyError
 from study.launch import Launcher, devices
 from study.pinned import code
-from study.progress import Display, counted, label
+from study.progress import Display, label, several
 from study.queued import asked, own_job
 from study.resolve import load
 from study.spec import Run
@@ -72,7 +72,7 @@ class Job:
         counts = {"failed": sum(s == "failed" for s in states.values()),
                   "blocked": sum(bool(store.blocked(r)) for r in left)}
         told = [f"{n} {name}" for name, n in counts.items() if n]
-        return f"error: of {counted(len(runs), 'run')}: {', '.join(told)}" if told else ""
+        return f"error: of {several(len(runs), 'run')}: {', '.join(told)}" if told else ""
 
     def checkpoint(self, *arguments: Any) -> Any:  # noqa: ANN401
         """What submitit requeues: the same."""

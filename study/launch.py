@@ -1,8 +1,8 @@
 """The launcher of one machine: runs in an order their sources allow, one process each.
 
 Processes come from a fork server that has loaded torch once. On CPUs there are N workers of one
-thread; on GPUs one run per GPU, or as many as are asked for. The launcher holds no state: it asks
-the folders.
+thread; on GPUs one run per GPU, or as many as are asked for, which then compute at once. The
+launcher holds no state: it asks the folders.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import takewhile
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
@@ -19,6 +20,7 @@ from pathlib import Path
 from study.entry import main
 from study.errors import StudyError
 from study.progress import Display
+from study.sharing import sharing
 from study.spec import Run
 from study.store import Store, append_line, now
 
@@ -84,8 +86,9 @@ class Launcher:
                 f"{', '.join(sorted(set(self.slots)))}",
                 highlight=False,
             )
+        say = partial(self.display.console.print, highlight=False, markup=False)
         try:
-            with self.display:
+            with self.display, sharing(self.slots[: len(self.waiting)], say):
                 self._here(deadline) if in_process else self._pool(deadline)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)

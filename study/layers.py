@@ -245,8 +245,8 @@ class Layered:
             value = {"kind": default, **value} if default else value
             value = chosen(value, kinds, self.where(key))
             return convert(value, kinds[value["kind"]], lambda sub: self.where(f"{key}{sub}"))
-        kind = self.types[key]
-        structs = [k for k in typing.get_args(kind) if isinstance(k, type) and k is not type(None)]
+        kind = self.types[key]  # whole: what an Annotated holds beside its type are the bounds
+        structs = [k for k in typing.get_args(kind) if is_struct(k)]
         kind = structs[0] if len(structs) == 1 and value is not None else kind  # struct or null
         return convert(value, kind, lambda sub: self.where(f"{key}{sub}"))
 
@@ -264,7 +264,7 @@ def chosen(value: object, kinds: Mapping[str, type], where: str) -> object:
 
 def convert(value: Any, kind: Any, where: typing.Callable[[str], str]) -> Any:  # noqa: ANN401
     """msgspec's conversion with errors in a user's words; `where` gives the key path of a part."""
-    if isinstance(kind, type) and issubclass(kind, msgspec.Struct) and isinstance(value, dict):
+    if is_struct(kind) and isinstance(value, dict):
         fields = {f.name: f for f in msgspec.structs.fields(kind)}
         for name in value:
             if name not in fields and name != kind.__struct_config__.tag_field:
@@ -281,7 +281,7 @@ def convert(value: Any, kind: Any, where: typing.Callable[[str], str]) -> Any:  
         part, given = path.rstrip("`"), value
         for step in re.findall(r"\.(\w+)|\[(\d+)\]", part):
             given = given[step[0]] if step[0] else given[int(step[1])]
-        if options := _literals(kind, part):
+        if options := _literals(kind, value, part):
             reason = nearest(given, options)
         elif reason.startswith("Expected `array`") and isinstance(given, str | int | float):
             reason = f"a list expected: [{given}]"
@@ -290,17 +290,23 @@ def convert(value: Any, kind: Any, where: typing.Callable[[str], str]) -> Any:  
         ) from None
 
 
-def _literals(kind: Any, part: str) -> list[str]:  # noqa: ANN401
+def _literals(kind: Any, value: Any, part: str) -> list[str]:  # noqa: ANN401
     """The words allowed at a part of a value of this type; none where it is not one of a few."""
 
     def bare(kind: Any) -> Any:  # noqa: ANN401
+        members = [m for m in typing.get_args(kind) if m is not type(None)]
+        if typing.get_origin(kind) in (typing.Union, types.UnionType) and len(members) == 1:
+            kind = members[0]  # a value or null
         return typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
 
-    for name, _ in re.findall(r"\.(\w+)|\[(\d+)\]", part):
+    for name, index in re.findall(r"\.(\w+)|\[(\d+)\]", part):
         kind = bare(kind)
+        if kinds := tags(kind):
+            kind = kinds.get(str(value.get("kind")), kind)
+        value = value[name] if name else value[int(index)]
         if not name:
             kind = next(iter(typing.get_args(kind)), None)
-        elif isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        elif is_struct(kind):
             kind = typing.get_type_hints(kind, include_extras=True).get(name)
     kind = bare(kind)
     return list(typing.get_args(kind)) if typing.get_origin(kind) is typing.Literal else []
@@ -309,8 +315,10 @@ def _literals(kind: Any, part: str) -> list[str]:  # noqa: ANN401
 def tags(kind: Any) -> dict[str, type]:  # noqa: ANN401
     """kind -> struct, for a factor told apart by its kind; empty for any other type."""
     members = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    return {
-        m.__struct_config__.tag: m
-        for m in members
-        if isinstance(m, type) and issubclass(m, msgspec.Struct) and m.__struct_config__.tag
-    }
+    structs = [m for m in members if is_struct(m)]
+    return {m.__struct_config__.tag: m for m in structs if m.__struct_config__.tag}
+
+
+def is_struct(kind: Any) -> bool:  # noqa: ANN401
+    """Whether a type is a struct, and nothing around one."""
+    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)

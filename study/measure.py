@@ -60,7 +60,7 @@ class Snapshot:
             lambda net, *address: evaluate.features(self.images(*address), net)
         )
         self.statistics = cache(
-            lambda net, *address: evaluate.statistics(self.features(net, *address))
+            lambda net, *address: evaluate.statistics(self.features(net, *address), device)
         )
 
     def _sampled(self, n: int, nfe: int, mid: float | None, draw: int) -> Iterator[Tensor]:
@@ -234,6 +234,7 @@ def measure(
                 "at": settings.at,
                 "images": points[settings.at],
                 "settings": {**record, "at": settings.at},
+                "snapshot": folder.trained["sha256"].get(snapshot_name(settings.at)),
                 "inputs": {i: lookup(i).digest(LAST) for i in settings.consults},
                 **finite(result),
                 "seconds": round(time.perf_counter() - start, 3),

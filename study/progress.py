@@ -33,9 +33,9 @@ def label(run: Run) -> str:
     return run.folder.rpartition("-")[0]
 
 
-def counted(number: int, word: str) -> str:
-    """1 run, 2 runs."""
-    return f"{number} {word}{'s' * (number != 1)}"
+def several(n: int, what: str) -> str:
+    """A number of things: "1 run", "2 runs"."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
 class Display:

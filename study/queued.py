@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from study.errors import printable
-from study.progress import counted
+from study.progress import several
 from study.store import Folder, read_json
 
 FOLDER = "slurm"  # in results/STUDY
@@ -132,7 +132,7 @@ class Queue:
         names = Counter(r["cluster"] for _, r in records if "cluster" in r)
         here = config().get("ClusterName") if names else None
         others = {n: count for n, count in names.items() if here and n != here}
-        self.others = [f"{counted(count, 'array')} of cluster {name!r} left out: this is "
+        self.others = [f"{several(count, 'array')} of cluster {name!r} left out: this is "
                        f"cluster {here!r}" for name, count in sorted(others.items())]  # fmt: skip
         records = [(number, r) for number, r in records if r.get("cluster") not in others]
         for array, record in sorted(records, key=lambda r: (r[1]["time"], int(r[0]))):
@@ -183,7 +183,7 @@ class Queue:
         log, which = self.logs[jobs[0]], f"job {jobs[0]}"
         if len(jobs) > 1:
             log, which = log.with_name(f"{array}_*_0_log.out"), f"{len(jobs)} jobs of {array}"
-        what = ", ".join(runs) if len(runs) <= NAMED else counted(len(runs), "run")
+        what = ", ".join(runs) if len(runs) <= NAMED else several(len(runs), "run")
         if state != "gone":
             return f"{which}: {state}, to do: {what}; log: {log}"
         ends = Counter(end for job in jobs if (end := ending(self.logs[job])))

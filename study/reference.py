@@ -87,11 +87,11 @@ def statistics(dataset: Dataset, n: int, part: str, net: nn.Module) -> Statistic
     that is torn is made again."""
 
     def make() -> Statistics:
-        return evaluate.statistics(features(dataset, n, part, net))
+        return evaluate.statistics(features(dataset, n, part, net), device)
 
+    device = dataset.held_out.device
     if not isinstance(net, Inception):
         return make()
-    device = dataset.held_out.device
     named = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     settings = {"statistics": STATISTICS, "extractor": f"{net.name}:{net.digest}",
                 "data": dataset.digest, "part": part, "n": n, "device": named}  # fmt: skip

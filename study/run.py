@@ -21,10 +21,11 @@ from study.domains import check_counts, check_extractors
 from study.errors import StudyError, nearest, printable
 from study.extractors.names import is_inception
 from study.forecast import Kind, forecast, kind_of
+from study.halves import check_whole
 from study.launch import Launcher, devices
 from study.parameters import parameters
 from study.places import present, weights_file
-from study.progress import Display, counted, label, state_table
+from study.progress import Display, label, several, state_table
 from study.queued import Queue
 from study.resolve import load
 from study.spec import Run, Study
@@ -191,11 +192,11 @@ def show_plan(console: Console, store: Store, wanted: list[Run], kind: Kind) -> 
     new = [r for r in wanted if r.id not in names]
     due = sum(len(store.folders[r.id].due(r)) for r in kept) + sum(len(r.measures) for r in new)
     console.print(state_table(store.study, states))
-    images = sum(r.recipe.factors.budget.images for r in new)
     console.print(
-        f"{counted(len(new), 'run')} to train ({images:,} images), {len(kept)} kept, "
-        f"{counted(due, 'measurement')} to make, "
-        f"{counted(len(store.orphans), 'folder')} that this study does not ask for",
+        f"{several(len(new), 'run')} to train "
+        f"({sum(r.recipe.factors.budget.images for r in new):,} images), {len(kept)} kept, "
+        f"{several(due, 'measurement')} to make, "
+        f"{several(len(store.orphans), 'folder')} that this study does not ask for",
         highlight=False,
     )
     if new and (expected := forecast(store, new, kind)):
@@ -220,6 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
         study = load(options.study, tuple(options.set))
         asked = parameters(options.slurm, options.device, study.name) if options.on else {}
         store, wanted = Store(options.results, study), chosen(study, options.only)
+        check_whole({f.path: f.trained for f in store.folders.values()})
         if options.plan:
             check_weights(store, wanted, thorough=False)
             show_plan(console, store, wanted, kind_of(options.device, bool(options.on)))

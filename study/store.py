@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from study.bounded import check_entries, content, decoded, inside
 from study.errors import StudyError
+from study.halves import foreign
 from study.spec import Run, Study
 
 ENDED_WELL = ("done", "stopped")
@@ -57,6 +58,7 @@ class Trained(TypedDict):
     sha256: dict[str, str]
     data_digest: str
     inputs: dict[str, str]
+    attempt: NotRequired[str | None]
     sigma_data: NotRequired[float]
     shape: NotRequired[list[int]]
 
@@ -66,6 +68,7 @@ class Measured(TypedDict):
 
     id: str
     settings: dict[str, Any]
+    snapshot: NotRequired[str | None]  # SHA-256 of the weights measured
 
 
 class Attempt(TypedDict):
@@ -242,7 +245,9 @@ class Folder:
             found = read_json(self.file(f"measures/{measurement}"), Measured)
         except StudyError:  # it is made again
             return False
-        return found is not None and found["id"] == run.id
+        if found is None or found["id"] != run.id:
+            return False
+        return not foreign(self.trained or {}, measurement, found)
 
     def complete(self, run: Run, thorough: bool = False) -> bool:
         """Whether training has ended and everything asked of its snapshots is there."""
@@ -260,8 +265,7 @@ class Folder:
             return "done"
         if self.locked:
             return "running"
-        last = self.last()
-        if not last:
+        if not (last := self.last()):
             return "pending"
         failed = last["event"] == "end" and last.get("reason") not in ENDED_WELL
         return "failed" if failed else "interrupted"
@@ -275,17 +279,13 @@ class Folder:
             return None
         return rows[-1] if rows else None
 
-    def attempts(self) -> list[dict]:
-        """Its starts and ends, as they came."""
-        return read_lines(self.file("attempts.jsonl"), Attempt)
-
     def reason(self) -> str:
         """Why the last attempt ended."""
         return self.last().get("reason", "")
 
     def last(self) -> dict:
         """The last row of its attempts; empty where there is none."""
-        return (self.attempts() or [{}])[-1]
+        return (read_lines(self.file("attempts.jsonl"), Attempt) or [{}])[-1]
 
 
 class Store:

@@ -7,13 +7,15 @@ target's decay are all addressed by it, so a resumed run does the same bits.
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import msgspec
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from study import schedules
@@ -31,6 +33,18 @@ def second_moment(
     beta = optimizer.param_groups[0]["betas"][1]
     states = {name: optimizer.state[w] for name, w in weights.items()}
     return {name: s["exp_avg_sq"] / (1 - beta ** float(s["step"])) for name, s in states.items()}
+
+
+@contextmanager
+def counted() -> Iterator[Callable[[], float]]:
+    """Yields how many FLOPs have been computed inside: multiply-adds, counted twice. Attention is
+    computed as products, which torch counts in every version and on every device."""
+    with (
+        torch.compiler.set_stance("force_eager"),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
+        yield lambda: float(counter.get_total_flops())
 
 
 class Student:
@@ -57,10 +71,10 @@ class Student:
         self.followers = {name: net for name, net in follow.items() if net is not None}
 
     def flops(self) -> float:
-        """Multiply-adds of one step, counted twice, on a real one; leaves gradients behind."""
-        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        """FLOPs of one step, on a real one; leaves gradients behind."""
+        with counted() as flops:
             self.problem.loss(self.draws(0, self.factors.batch), 2).backward()
-        return float(counter.get_total_flops())
+        return flops()
 
     def capture(self) -> None:
         """Makes the step in its fast form, on fresh gradients. Before the first update."""

@@ -21,7 +21,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from study import worker
 from study.budget import Spend, passes
@@ -34,7 +33,7 @@ from study.models import initial
 from study.settings import Settings
 from study.spec import Run, Study
 from study.store import Folder, read_json
-from study.student import Student, free_memory
+from study.student import Student, counted, free_memory
 from study.train import finish, set_up, untrained
 from study.weights import save_tensors, snapshot_name
 
@@ -182,15 +181,11 @@ def peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
 
 
 def forward_flops(student: Student) -> float:
-    """Multiply-adds of one image's forward pass, counted twice."""
+    """FLOPs of one image's forward pass."""
     one = student.draws(0, 1)
-    with (
-        torch.no_grad(),
-        torch.compiler.set_stance("force_eager"),
-        FlopCounterMode(display=False) as counter,
-    ):
+    with torch.no_grad(), counted() as flops:
         student.net(one.x, torch.zeros(1, device=one.x.device))
-    return float(counter.get_total_flops())
+    return flops()
 
 
 def ceiling(device: torch.device, precision: str) -> float:
@@ -268,7 +263,8 @@ def train_together(
 
 
 def together(study: Study, run: Run, device: str, workers: int) -> float:
-    """Images per second of all processes that train this run at once."""
+    """Images per second of all processes that train this run at once. On a GPU they take turns,
+    unless the fork server started inside `sharing`, as the launcher's does."""
     context = multiprocessing.get_context("forkserver")
     multiprocessing.set_forkserver_preload(["study.timing"])
     barrier, counts = context.Barrier(workers), context.Queue()

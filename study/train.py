@@ -19,6 +19,7 @@ from study.budget import Spend, passes, snapshot_images
 from study.data import Dataset, Draws
 from study.errors import StudyError
 from study.factors import FixedPoint
+from study.halves import settled
 from study.meaning import ignored
 from study.models import Lookup, initial, level_range
 from study.settings import snapshot_points
@@ -76,6 +77,7 @@ def finish(
     snapshots: list[dict[str, Any]],
 ) -> None:
     """Writes trained.json: nothing of the training changes afterwards."""
+    attempt = settled(folder.path)
     files = [s["file"] for s in snapshots if s["file"]]
     if folder.file("steps.jsonl").exists():
         files.append("steps.jsonl")
@@ -83,6 +85,7 @@ def finish(
         folder.file("trained.json"),
         {
             **facts,
+            "attempt": attempt,
             "outcome": outcome,
             "reason": reason,
             "spend": msgspec.to_builtins(spend),

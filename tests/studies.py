@@ -61,7 +61,7 @@ def content(results: Path, name: str = "small") -> dict[str, object]:
     found: dict[str, object] = {}
     for folder in sorted((results / name / "runs").iterdir()):
         trained = read_json(folder / "trained.json")
-        del trained["spend"]["seconds"], trained["sha256"]["steps.jsonl"]
+        del trained["spend"]["seconds"], trained["sha256"]["steps.jsonl"], trained["attempt"]
         found[folder.name] = trained
         rows = read_lines(folder / "steps.jsonl")
         found[f"{folder.name}/steps"] = [r | {"seconds": 0} for r in rows]

@@ -733,7 +733,8 @@ def test_a_requeued_job_tries_only_what_it_has_not_tried(
     with pytest.raises(SystemExit, match="error: of 2 runs: 1 failed"):
         again.function(*again.args)
     assert [store.folders[i].state(study.unique[i]) for i in ids] == ["failed", "done"]
-    assert [r.get("job") for r in store.folders[ids[1]].attempts()] == ["6_3", "7_3", "7_3"]
+    rows = read_lines(store.folders[ids[1]].file("attempts.jsonl"))
+    assert [r["job"] for r in rows] == ["6_3", "7_3", "7_3"]
 
 
 def test_a_job_of_an_array_asks_about_itself_alone(
@@ -984,7 +985,7 @@ def test_failures_are_slurms_too_and_a_retry_waits_in_the_queue(
     first = Queue(store.path).job[ran]
     told = slurm.asked("scontrol", "show", "job", first)
     assert "JobState=FAILED" in told and "ExitCode=1:0" in told and "Restarts=0" in told
-    assert good.trained and {r["job"] for r in good.attempts()} == {first}
+    assert good.trained and {r["job"] for r in read_lines(good.file("attempts.jsonl"))} == {first}
     log = Queue(store.path).logs[first].read_text()
     assert "run.json belongs to run another" in log and "error: of 2 runs: 1 failed" in log
     assert "Traceback" not in log
@@ -1009,7 +1010,7 @@ def test_failures_are_slurms_too_and_a_retry_waits_in_the_queue(
     subprocess.run(["scontrol", "release", second], check=True)
     until(empty)
     assert main([*only, "--status"]) == 0
-    assert [r["job"] for r in bad.attempts()] == [first, second, second]
+    assert [r["job"] for r in read_lines(bad.file("attempts.jsonl"))] == [first, second, second]
 
 
 def test_what_slurm_took_and_nothing_records_is_taken_back(

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from study import ddpmpp, factors, subjects
 from study.errors import StudyError
@@ -19,6 +18,7 @@ from study.meaning import simplest
 from study.networks import build
 from study.noise import dropout
 from study.parts import doubled
+from study.student import counted
 
 SMALL = subjects.DdpmPP(width=8, mult=(1, 2, 2), blocks=2, attention=(4,))
 FEW = subjects.DdpmPP(width=8, mult=(1, 2), blocks=1, attention=(4,))
@@ -137,9 +137,9 @@ def test_cifar10_forward_costs_its_convolutions() -> None:
         if "qkv" in name:
             expected += 4 * side**4 * shape[1]
     net = build(subjects.DdpmPP(), (3, 32, 32), 0.0, 0, "student")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with torch.no_grad(), counted() as flops:
         net(torch.zeros(1, 3, 32, 32), torch.zeros(1))
-    assert counter.get_total_flops() == expected
+    assert flops() == expected
     assert expected / 1e9 == pytest.approx(42.38, abs=0.01)
 
 

@@ -265,6 +265,15 @@ def test_fid_and_kid_are_torch_fidelitys(moments: str) -> None:
     assert whole[FID] > 0.01 and whole[KID] > 0.01
 
 
+def test_statistics_made_on_a_gpu_are_torch_fidelitys() -> None:
+    x = (100 + normal(500, 6) @ normal(6, 6)).float()  # a mean far above the spread
+    found, expected = evaluate.moments(x), evaluate.statistics(x, torch.device("cpu"))
+    for name, tolerance in (("mu", 1e-6), ("sigma", 1e-12)):
+        assert found[name].dtype == expected[name].dtype
+        np.testing.assert_allclose(found[name], expected[name], rtol=tolerance)
+    assert evaluate.frechet(found, expected) == pytest.approx(0, abs=1e-6)
+
+
 def test_fid_of_a_shift_is_its_square() -> None:
     a, v = normal(300, 4), torch.tensor([1.0, 2.0, 0.0, -2.0]).double()
     assert fid(a, a + v) == pytest.approx(9.0, rel=1e-6)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TORCH_FREE = ("errors", "values", "subjects", "factors", "metrics", "meaning",
-              "identity", "layers", "settings", "spec", "domains", "checks",
-              "resolve", "bounded", "limits", "store", "seeds", "budget", "launch",
+              "halves", "identity", "layers", "settings", "spec", "domains", "checks",
+              "resolve", "bounded", "limits", "store", "seeds", "budget", "sharing", "launch",
               "entry", "progress", "places", "pinned", "forecast", "queued", "sealed",
               "parameters", "jobs", "cluster", "run", "sample")  # fmt: skip
 HEAVY = {"torch", "torchvision", "torch_fidelity", "sklearn"}
@@ -58,7 +58,8 @@ def test_analysis_reads_folders_and_nothing_else() -> None:
         found = imports(path, True)
         assert not {m.split(".")[0] for m in found} & HEAVY, path
         ours = {m for m in found if m.startswith("study")}
-        assert ours <= {"study.spec", "study.store", "study.bounded", "study.errors"}, path
+        assert ours <= {"study.spec", "study.store", "study.halves", "study.bounded",
+                        "study.errors"}, path
 
 
 def test_help_and_plan_load_no_torch() -> None:

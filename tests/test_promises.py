@@ -363,6 +363,10 @@ def test_new_seeds_run_only_what_is_new(
     told = " ".join(capsys.readouterr().out.split())
     assert "4 runs to train (5,120 images), 8 kept" in told
     assert "by the speed of 8 finished runs" in told
+    words = "--plan", "--set", "seeds=[0, 1, 5]", "--only", "edm-s5"
+    assert run(path, tmp_path / "results", *words) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "1 run to train (1,280 images), 0 kept, 1 measurement to make, 0 folders" in told
     assert run(path, tmp_path / "results", "--set", "seeds=[0, 1, 5]") == 0
     folders = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "results/small/runs").iterdir()}
     assert {k: folders[k] for k in before} == before

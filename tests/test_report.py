@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import fake_study as fake
@@ -413,6 +414,75 @@ def test_uncommitted_changes_are_told_once_under_the_answer(tmp_path: Path) -> N
     assert text.count(sentence) == 2
     assert sentence in text.split("## Variants")[0] and "1 mismatch:" in text
     assert sentence in text.split("## Ledger audit")[1].split("##")[0]
+
+
+# --- seeds of two machines ---
+
+
+def other_data(folder: Path, names: Iterable[str], seed: int) -> None:
+    """The runs of a seed stand on other images under the same name."""
+    for name in names:
+        fake.edit(fake.folder_of(folder, name, seed) / "trained.json", data_digest="e" * 16)
+
+
+def test_seeds_on_different_data_are_told_apart(tmp_path: Path) -> None:
+    folder = fake.write(tmp_path / "s", seeds=(0, 1), variants=FEW)
+    own = fake.digest("data", "digits")
+    other_data(folder, (*FEW, *fake.SOURCES), 1)
+    text = report.build(folder).with_suffix(".md").read_text()
+    answer, audit = text.split("## Variants")[0], text.split("## Ledger audit")[1].split("##")[0]
+    told = (f"digits: seeds 0, 1 stand on different data (digests of seed 0: {own[:8]}; "
+            "seed 1: eeeeeeee).")
+    assert told in audit and told in answer and "No mismatch" not in text
+    heads = [line for line in answer.splitlines() if "ct's one-step FID is" in line]
+    assert len(heads) == 2  # each says which it is of
+    assert heads[0].startswith(f"**On data {own[:8]} (seed 0), ct's") or heads[0].startswith(
+        f"On data {own[:8]} (seed 0), ct's"), heads
+    assert "On data eeeeeeee (seed 1), ct's" in heads[1]
+    for line in answer.splitlines():
+        if "FID" in line and "(1 seed" in line.replace("\u00a0", " "):
+            assert "data eeeeeeee (seed 1)" in line or f"data {own[:8]} (seed 0)" in line, line
+    rows = [line for line in text.split("## Comparisons")[1].split("##")[0].splitlines()
+            if line.startswith("|") and " − " in line]
+    labels = [line.split("|")[1].strip() for line in rows]
+    assert len(set(labels)) == len(labels) and all(", on data " in x for x in labels), labels
+    header = text.split("## Metric against budget")[1].split("\n|")[1]
+    assert f"data {own[:8]}" in header and "data eeeeeeee" in header
+    table = pd.read_csv(folder / "report" / "comparisons.csv")
+    assert set(table.stands_on) == {f"data {own[:8]}", "data eeeeeeee"} and table.n.max() == 1
+
+
+def test_the_contrasts_of_mean_and_noise_say_their_data(tmp_path: Path) -> None:
+    corners = {"cd": fake.VARIANTS["cd"], "ct": fake.VARIANTS["ct"],
+               "cd_exact": fake.VARIANTS["cd_exact"],
+               "noisy": fake.Made({"score": {"kind": "blend", "alpha": 0, "beta": 1,
+                                             "run": "edm"}}, 0.2, ["edm"])}  # fmt: skip
+    folder = fake.write(tmp_path / "s", seeds=(0, 1, 2), variants=corners)
+    before = report.build(folder).with_suffix(".md").read_text()
+    assert "the exact mean instead" in before and "on data" not in before.split("## Variants")[0]
+    other_data(folder, (*corners, *fake.SOURCES), 1)
+    answer = report.build(folder).with_suffix(".md").read_text().split("## Variants")[0]
+    lines = [x for x in answer.splitlines() if "mean instead" in x or "interaction:" in x]
+    label = f"on data {fake.digest('data', 'digits')[:8]} (seeds 0, 2), "
+    assert len(lines) == 2 and all(label in x for x in lines), lines
+
+
+@pytest.mark.parametrize(("key", "old", "what"), [
+    ("torch", "2.15.0", "versions of torch"), ("device", "cpu", "kinds of device"),
+    ("code", "0123456789abcdef", "digests of the code")])
+def test_the_answer_says_which_seeds_ran_on_what(
+    key: str, old: str, what: str, tmp_path: Path
+) -> None:
+    folder = fake.write(tmp_path / "s", seeds=(0, 1, 2), variants=FEW)
+    for name in (*FEW, *fake.SOURCES):
+        log = fake.folder_of(folder, name, 2) / "attempts.jsonl"
+        log.write_text(log.read_text().replace(f'"{key}": "{old}"', f'"{key}": "ffff"'))
+    text = report.build(folder).with_suffix(".md").read_text()
+    runs = len(FEW) + len(fake.SOURCES)
+    told = (f"The runs stand on 2 {what}: {old} ({2 * runs} runs of seeds 0, 1), "
+            f"ffff ({runs} runs of seed 2)")
+    assert told in text.split("## Variants")[0]
+    assert told in text.split("## Ledger audit")[1].split("##")[0]
 
 
 # --- one network in all seeds, and extractors that may know the held-out images ---

@@ -186,7 +186,8 @@ def test_audit_names_every_mismatch(tmp_path: Path) -> None:
         "digits, seed 1: the images, noise and u drawn differ: "
         "ct, cd_exact, ct_warm, cd_warm, self_pretrain against cd.",
         "digits, seed 2: the random initial weights differ: ct against cd, cd_exact.",
-        "The runs stand on 2 digests of the code: 0123456789abcdef (23 runs), fff0000 (1 run); "
+        "The runs stand on 2 digests of the code: 0123456789abcdef (23 runs of "
+        "seeds 0, 1, 2), fff0000 (1 run of seed 0); "
         "a resumed run can stand on several."]
 
 

@@ -1,0 +1,42 @@
+"""What tells measurements apart that are never pooled.
+
+Values of one endpoint with other settings, another extractor or other data behind them have other
+identities (see analysis.records): each stands in a row of its own, and says what it stands on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pandas as pd
+
+PATHS = {"teacher": "the teacher's", "second_teacher": "the second teacher's",
+         "population": "the population's", "empirical": "the training set's"}
+
+
+def apart(whats: Iterable[str]) -> dict[str, str]:
+    """What tells each of these identities from the others, e.g. "data 0a1b2c3d"; "" of one that
+    is alone."""
+    parts = {w: w[w.index("[") + 1:-1].split(", ") for w in dict.fromkeys(whats) if w}
+    common = set.intersection(*map(set, parts.values())) if parts else set()
+    return {w: ", ".join(_told(p) for p in own if p not in common) for w, own in parts.items()}
+
+
+def _told(part: str) -> str:
+    key, _, value = part.partition("=")
+    if key == "data_digest":
+        return f"data {value[:8]}"
+    return f"{PATHS[value]} path" if key == "along" and value in PATHS else part
+
+
+def listed(what: str, values: Iterable[object]) -> str:
+    """Things by number or name, each once and in order: "seed 0", "seeds 0, 1"."""
+    found = sorted(set(values))
+    return f"{what}{'s' * (len(found) > 1)} {', '.join(map(str, found))}"
+
+
+def standing(row: pd.Series) -> str:
+    """What the values of a comparison or contrast stand on that others at its endpoint do not,
+    with its seeds; "" where all at the endpoint are alike."""
+    seeds = [int(p.split(":")[0]) for p in row["points"].split()]
+    return row.stands_on and row.stands_on + (f" ({listed('seed', seeds)})" if seeds else "")
