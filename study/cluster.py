@@ -1,61 +1,50 @@
 """A study on Slurm: what is missing as arrays of jobs, submitted through submitit.
 
-A job works through the runs it is given, one after the other, as a local process does. Runs at one
+A job (study.jobs) works through the runs it is given, as a local process does. Runs at one
 distance from their sources make an array, which waits for the arrays that hold these sources to
 end, however they end: a source may be requeued meanwhile, and a run whose source is not there
 after all leaves at once. What is submitted does not change any more: jobs import a copy of the
-package and read a copy of the study file, both in results/STUDY/slurm, beside a record of each
-array and a folder of its own. That folder is new: no pickle from elsewhere lies there under the
-number that a job gets. Only what waits in the queue is asked of Slurm; everything else is told by
-the folders of runs.
-
-A signal (a time limit, a preemption) sets a flag; the run saves at its next step. Then submitit's
-own handler requeues the job, unless Slurm has taken it away already: then that is Slurm's to do.
+package and nothing else of that name (study.sealed), and read a copy of the study file, both in
+results/STUDY/slurm, beside a record of each array and a folder of its own. That folder is new: no
+pickle from elsewhere lies there under the number that a job gets. Only what waits in the queue is
+asked of Slurm; everything else is told by the folders of runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
+import io
 import shlex
 import shutil
-import signal
 import sys
-import typing
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-import msgspec
 from rich.console import Console
 
-from study.errors import StudyError, nearest
-from study.forecast import Speeds
-from study.launch import Launcher, devices
-from study.layers import read_yaml
+from study import sealed
+from study.errors import StudyError
+from study.forecast import Speeds, kind_of
+from study.jobs import Job
 from study.pinned import GIVEN, code, pin
-from study.progress import Display, label
-from study.queued import FOLDER, Queue, asked, config, limit, withdraw
-from study.resolve import load
+from study.progress import label, several
+from study.queued import FOLDER, Queue, config, limit, plain, set_for_sbatch, withdraw
 from study.spec import Run
 from study.store import Store, now, write_json
 
 REQUEUES = 100  # after a time limit; a run that can't finish a step within one ends
-TIME, SHARE = 240, 30.0  # minutes: a job's limit, and the work it is given
-SHORTEST = 15  # minutes; submitit takes a preempted job of less than 10 or so for timed out
+SHARE = 30.0  # minutes of work that a job is given
 SLOW = 1000.0  # images a second where nothing is known: fewer runs share a job than might
 MEASURE = 20.0  # seconds, the same of a measurement: an FID of 50 000 images on a fast GPU
 ARRAY = 1000  # jobs of an array where Slurm does not say; its own default is 1001
-OURS = ("dependency", "nodes", "ntasks_per_node", "use_srun")  # one process on one node
 SAFE = "export PYTHONSAFEPATH=1 PYTHONDONTWRITEBYTECODE=1"  # nothing but the copy is imported
-KEPT = ("array", "chdir", "clusters", "dependency", "error", "job-name", "nodes", "ntasks",
-        "ntasks-per-node", "open-mode", "output", "signal", "time")  # fmt: skip
-ALIVE = ("RUNNING", "SIGNALING")  # the latter while a signal of Slurm's is on its way
-MEMORY = ("mem", "mem_per_cpu", "mem_per_gpu")
+SEALED = "study/sealed.py"  # in the copy: what a job starts with
 JOBS = "jobs-"  # a folder of an array's payloads and logs
-GPU_KEYS = ("gpus_per_node", "gpus_per_task", "num_gpus", "gres")
 
 
 @dataclass(frozen=True)
@@ -64,57 +53,6 @@ class Array:
 
     jobs: tuple[tuple[Run, ...], ...]
     after: tuple[str, ...]
-
-
-def parameters(given: Iterable[str], device: str, name: str) -> dict[str, Any]:
-    """Submitit's parameters: the defaults with --slurm KEY=VALUE laid over them.
-
-    Raises StudyError for a name that submitit does not know, a value of another type, memory
-    without a unit, and a time limit that it would take for final.
-    """
-    from submitit.slurm import slurm
-
-    known = typing.get_type_hints(slurm._make_sbatch_string)
-    known = {k: v for k, v in known.items() if k in slurm.SlurmExecutor._valid_parameters()}
-    values: dict[str, Any] = {"job_name": name, "time": TIME, "stderr_to_stdout": True}
-    for text in given:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise StudyError(f"--slurm {text}: key=value expected")
-        if key in OURS:
-            raise StudyError(f"--slurm {text}: a job is one process, submitted after the jobs of "
-                             f"its sources; {key} is set by --on slurm")  # fmt: skip
-        if key not in known:
-            raise StudyError(f"--slurm {text}: submitit has no such parameter; "
-                             f"{nearest(key, set(known) - set(OURS))}")  # fmt: skip
-        values[key] = _typed(value, known[key], f"--slurm {text}")
-    if values["time"] < SHORTEST:
-        raise StudyError(f"--slurm time={values['time']}: at least {SHORTEST} minutes; submitit "
-                         "would take any preemption of a shorter job for a time limit, and after "
-                         "some of those it gives a job up")  # fmt: skip
-    if device != "cpu" and not any(k in values for k in GPU_KEYS):
-        values["gpus_per_node"] = 1
-    # a cluster may requeue only what asks for it
-    more = values.get("additional_parameters") or {}
-    if taken := sorted(k for k in more if k.replace("_", "-") in KEPT):
-        raise StudyError(f"--slurm additional_parameters: {taken[0]}: --on slurm stands on a value"
-                         " of its own, or has a --slurm key for it")  # fmt: skip
-    for key, value in {**more, **values}.items():
-        if key.replace("-", "_") in MEMORY and str(value).strip("0").isdecimal():
-            raise StudyError(f"--slurm {key}={value}: Slurm would take it for megabytes; name the "
-                             f"unit, {value}G or {value}M")  # fmt: skip
-    values["additional_parameters"] = {"requeue": True, **more}
-    return values
-
-
-def _typed(text: str, kind: Any, where: str) -> Any:  # noqa: ANN401
-    """The value as YAML reads it, else as text (account=4 is text to submitit)."""
-    for value in (read_yaml(text, where), text):
-        try:
-            return msgspec.convert(value, kind)
-        except msgspec.ValidationError as error:
-            said = str(error)
-    raise StudyError(f"{where}: {said}")
 
 
 def arrays(
@@ -161,26 +99,37 @@ def shared(runs: Iterable[Run], seconds: dict[str, float], most: float) -> list[
 
 
 def submit(
-    store: Store, wanted: Sequence[Run], options: argparse.Namespace, console: Console
+    store: Store,
+    wanted: Sequence[Run],
+    values: dict[str, Any],
+    options: argparse.Namespace,
+    console: Console,
 ) -> None:
     """Submits what is missing of `wanted` and nobody works on; with --plan says what that is.
 
-    Raises StudyError where something is refused; what was submitted before that stays.
+    values: the parameters that --slurm gives. Raises StudyError where something is refused; what
+    was submitted before that stays.
     """
-    values = parameters(options.slurm, options.device, store.study.name)
-    queue, speeds = Queue(store.path), Speeds(store)
+    queue, speeds = Queue(store.path), Speeds(store, kind_of(options.device, on_cluster=True))
     skip = {"done", "running"} if options.retry else {"done", "running", "failed"}
     states = {r.id: store.folders[r.id].state(r, thorough=True) for r in wanted}
     missing = [r for r in wanted if states[r.id] not in skip
-               and (options.retry or not store.blocked(r))]  # fmt: skip
-    new = [r for r in missing if r.id not in queue.held]
+               and not store.blocked(r, options.retry)]  # fmt: skip
+    new = [r for r in missing if not queue.due(r.id, store.folders[r.id], states[r.id])]
+    if left_out := set_for_sbatch():
+        Console(stderr=True).print(
+            f"{', '.join(left_out)} of the environment left out: --slurm alone says what jobs ask "
+            "for", highlight=False, markup=False, soft_wrap=True)  # fmt: skip
     if not queue.known:
         console.print("squeue does not answer: what is queued already may be submitted again, and "
                       "will leave as soon as it starts", highlight=False)  # fmt: skip
     for line in queue.others if options.plan else ():  # else the summary says so
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"{len(new)} runs to submit, {len(missing) - len(new)} queued already, "
-                  f"{list(states.values()).count('running')} running", highlight=False)
+    console.print(f"{several(len(new), 'run')} to submit, {len(missing) - len(new)} queued "
+                  f"already, {list(states.values()).count('running')} running", highlight=False)
+    tried = {r.id: "pending" for r in new if states[r.id] != "failed"}
+    for line in queue.lines(tried, {r.id: label(r) for r in new}):  # why it was not made before
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     trained = {i for i, folder in store.folders.items() if folder.trained is not None}
     times = _times(store, new, trained, speeds, console)
     told = config()
@@ -191,7 +140,10 @@ def submit(
     todo = arrays(new, times, minutes, most or ARRAY, queue, trained)
     home = _home(store.path, options)
     first = f"export PYTHONPATH={shlex.quote(str(home))}${{PYTHONPATH:+:$PYTHONPATH}}"
-    values["setup"] = [*(values.get("setup") or []), SAFE, first]
+    gone = shlex.quote(f"error: {home}: the copy of the code that this job was given is gone; the "
+                       "same command makes another")  # fmt: skip
+    there = f"test -f {shlex.quote(str(home / SEALED))} || {{ echo {gone}; exit 1; }}"
+    values["setup"] = [*(values.get("setup") or []), SAFE, first, there]
     if options.plan:
         for i, array in enumerate(todo, 1):
             _show(console, f"array{i}", array, values, times, store)
@@ -219,8 +171,10 @@ def _times(store: Store, runs: Sequence[Run], trained: Collection[str], speeds: 
             assumed.add(f"{MEASURE:.0f} s a measurement")
         times[run.id] = training[0] + (MEASURE * due if beside is None else beside)
     if assumed:
-        console.print(f"how long runs take is not known: {' and '.join(sorted(assumed))} assumed; "
-                      "python -m study.bench finds out", highlight=False)  # fmt: skip
+        said = " and ".join(sorted(assumed))
+        console.print(f"how long runs take is not known: {said} assumed; "
+                      f"python -m study.bench finds out {speeds.where}",
+                      highlight=False)  # fmt: skip
     return times
 
 
@@ -246,9 +200,8 @@ def _show(console: Console, name: str, array: Array, values: dict[str, Any],
         command="", folder=(store.path / FOLDER / f"{JOBS}XXXXXXXX").absolute(), **values,
         **_after(array, {}),
         map_count=count if count > 1 else None)  # fmt: skip
-    lines = [f"{name}: {count} job{'s' * (count > 1)}"]
-    lines += [line for line in text.splitlines() if line.startswith(("#SBATCH", "export"))]
-    lines += values["setup"][:-2]
+    lines = [f"{name}: {several(count, 'job')}"]
+    lines += [line for line in text.splitlines() if line.startswith("#SBATCH")] + values["setup"]
     for i, job in enumerate(array.jobs):
         length = sum(times[r.id] for r in job) / 60
         lines.append(f"  job {i}, about {length:.1f} minutes: {', '.join(map(label, job))}")
@@ -265,6 +218,7 @@ def _send(todo: list[Array], values: dict[str, Any], home: Path, cluster: str | 
     if lacking := [p for p in ("sbatch", "srun") if not shutil.which(p)]:
         raise StudyError(f"--on slurm: no {' and '.join(lacking)} here; submit from a machine of "
                          "the cluster, or see with --plan what would be submitted")  # fmt: skip
+    start = [sys.executable, "-u", str(home / SEALED), sealed.digest(home)]
     ids: dict[str, str] = {}
     for i, array in enumerate(todo, 1):
         device = "cpu" if options.device == "cpu" else "cuda"
@@ -276,12 +230,13 @@ def _send(todo: list[Array], values: dict[str, Any], home: Path, cluster: str | 
         try:
             folder = Path(mkdtemp(prefix=JOBS, dir=home.parent))
             folder.chmod(0o755)  # others may read its logs
-            executor = submitit.SlurmExecutor(folder, max_num_timeout=REQUEUES)
+            executor = submitit.SlurmExecutor(folder, REQUEUES, python=shlex.join(start))
             executor.update_parameters(**values, **after)
-            jobs = executor.map_array(Job(), *columns, asked)
+            with plain(), contextlib.redirect_stderr(io.StringIO()):  # sbatch's words come below
+                jobs = executor.map_array(Job(), *columns, asked)
             number = jobs[0].job_id.partition("_")[0]
             record = {"time": now(), "jobs": asked, "folder": folder.name, "code": code(),
-                      "home": home.name, "sets": list(options.set),
+                      "home": home.name, "sets": list(options.set), "retry": options.retry,
                       "parameters": {**values, **after}}  # fmt: skip
             record |= {"cluster": cluster} if cluster else {}
             name = f"{cluster}-{number}" if cluster else number
@@ -289,56 +244,16 @@ def _send(todo: list[Array], values: dict[str, Any], home: Path, cluster: str | 
         except (FailedJobError, FailedSubmissionError, OSError) as error:
             if folder != home.parent:
                 withdraw(folder)
-            said = " ".join(str(error).split())
+            said = "; ".join(line.strip() for line in str(error).splitlines())
+            if device == "cuda" and "gres" in said:
+                said += " (a job asks for a GPU unless --device cpu is given)"
             if isinstance(error, OSError):
                 said = f"{error.filename or folder}: {error.strerror}"
             raise StudyError(
                 f"array {i} of {len(todo)} was not submitted: {said}; submitted before it: "
-                f"{', '.join(ids.values()) or 'nothing'}; the same command submits the rest"
+                f"{', '.join(ids.values()) or 'nothing'}"
+                f"{', and the same command leaves that alone' if ids else ''}"
             ) from None
         ids[f"array{i}"] = number
-        runs = sum(map(len, asked))
-        console.print(f"submitted {number}: {len(asked)} job{'s' * (len(asked) > 1)}, {runs} "
-                      f"run{'s' * (runs > 1)}", highlight=False)  # fmt: skip
-
-
-def _state() -> str:
-    """What Slurm takes this job for: COMPLETING once it is cancelled or requeued, else ALIVE."""
-    from submitit import JobEnvironment
-
-    # ARRAY_INDEX: the plain number of an array's last job means the whole array to squeue
-    told = asked("squeue", "--noheader", f"--jobs={JobEnvironment().job_id}", "--format=%T")
-    return (told or "unknown").strip()
-
-
-class Job:
-    """What a job does. submitit pickles this class's name and plain values, nothing else."""
-
-    def __call__(self, file: str, sets: list[str], results: str, device: str, retry: bool,
-                 ids: list[str]) -> None:
-        """Works through the runs; at a signal saves, and has the job requeued if it is due."""
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is in flight yet
-        print(f"python {sys.executable}, code {code()['code']}", flush=True)
-        study = load(Path(file), tuple(sets))
-        store = Store(Path(results), study)
-        runs = [study.unique[i] for i in ids]
-        launcher = Launcher(store, runs, devices(device, 1)[:1], Display(Console(), runs, set()),
-                            retry)  # fmt: skip
-        launcher.run(None, in_process=True)
-        left = [r for r in runs if store.folders[r.id].state(r) in ("pending", "interrupted")]
-        state = _state() if launcher.stopping and left else ""
-        if state in ALIVE:
-            signal.raise_signal(signal.SIGUSR2)  # submitit's handler, which requeues
-        for run in left:
-            missing = [label(study.unique[i]) for i in run.reads
-                       if store.folders[i].trained is None]  # fmt: skip
-            why = f"not trained: {', '.join(missing)}" if missing else f"the job is {state}"
-            print(f"left: {label(run)}: {why}; unless Slurm requeues it, give the same command "
-                  "again", flush=True)  # fmt: skip
-
-    def checkpoint(self, *arguments: Any) -> Any:  # noqa: ANN401
-        """What submitit requeues: the same, but what has failed meanwhile is not tried again."""
-        from submitit.helpers import DelayedSubmission
-
-        *others, _, ids = arguments
-        return DelayedSubmission(self, *others, False, ids)
+        console.print(f"submitted {number}: {several(len(asked), 'job')}, "
+                      f"{several(sum(map(len, asked)), 'run')}", highlight=False)  # fmt: skip

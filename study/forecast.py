@@ -1,21 +1,26 @@
 """How long runs take one worker: by what the study's own finished runs took, else as timed here.
 
 A recipe's own seconds per image where one of its seeds is finished, otherwise the mean of its
-cell's, otherwise what `study.bench` wrote into results/STUDY/bench.json.
+cell's, otherwise what `study.bench` wrote into results/STUDY/bench.json. Only what ran on the kind
+of device that is asked for counts: a CPU says nothing of a GPU.
 """
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import msgspec
 
+from study.errors import StudyError
 from study.factors import Budget, FixedPoint, Random
 from study.identity import difference, digest
+from study.launch import gpus
 from study.spec import Run
-from study.store import Store, read_json
+from study.store import Attempt, Folder, Store, read_json, read_lines
 
 BENCH = "bench.json"  # in results/STUDY: what study.bench found
+CPU = ("cpu", "one CPU thread")  # as attempts name it, and as study.bench does
+Kind = Literal["cpu", "cuda"]
 
 
 class Timed(TypedDict):
@@ -35,10 +40,12 @@ class Bench(TypedDict):
     recipes: dict[str, Timed]
 
 
+NOTHING: Bench = {"device": "", "code": "", "recipes": {}}
+
+
 def bench_of(store: Store) -> Bench:
     """What study.bench wrote, or an empty one."""
-    empty: Bench = {"device": "", "code": "", "recipes": {}}
-    return read_json(store.path / BENCH, Bench) or empty
+    return read_json(store.path / BENCH, Bench) or NOTHING
 
 
 def step_key(run: Run) -> str:
@@ -57,17 +64,37 @@ def is_timed(run: Run) -> bool:
     return factors.budget.images != 0 and not isinstance(factors.objective, FixedPoint)
 
 
-class Speeds:
-    """What is known of how fast a study's runs are."""
+def kind_of(device: str, on_cluster: bool = False) -> Kind:
+    """The kind of device that --device means, here or in a job."""
+    cuda = device == "cuda" or (device == "auto" and (on_cluster or gpus() > 0))
+    return "cuda" if cuda else "cpu"
 
-    def __init__(self, store: Store) -> None:
+
+def ran_on(folder: Folder) -> set[Kind]:
+    """The kinds of device that a run was worked on; none where that can't be read."""
+    try:
+        rows = read_lines(folder.file("attempts.jsonl"), Attempt)
+    except StudyError:
+        return set()
+    return {"cpu" if row["device"] in CPU else "cuda" for row in rows if "device" in row}
+
+
+class Speeds:
+    """What is known of how fast a study's runs are on one kind of device."""
+
+    def __init__(self, store: Store, kind: Kind) -> None:
+        self.where = "on a GPU" if kind == "cuda" else "on a CPU"
         self.finished: dict[tuple[str, ...], list[float]] = {}
         for run in store.study.unique.values():
-            if (trained := store.folders[run.id].trained) and trained["spend"]["images"]:
+            folder = store.folders[run.id]
+            trained = folder.trained
+            if trained and trained["spend"]["images"] and ran_on(folder) == {kind}:
                 speed = trained["spend"]["seconds"] / trained["spend"]["images"]
                 for key in ((run.recipe.cell, run.recipe.name), (run.recipe.cell,)):
                     self.finished.setdefault(key, []).append(speed)
         self.bench = bench_of(store)
+        if (self.bench["device"] in CPU) != (kind == "cpu"):
+            self.bench = NOTHING
 
     def timed(self, run: Run) -> Timed | None:
         """The bench's row of the run's recipe; none where it was timed with other factors."""
@@ -92,12 +119,13 @@ class Speeds:
         return row["first_update_seconds"] + row["measuring_seconds"] if known else None
 
 
-def forecast(store: Store, new: list[Run]) -> str | None:
-    """How long training `new` takes one worker, in words; None where nothing is known of one."""
-    speeds = Speeds(store)
+def forecast(store: Store, new: list[Run], kind: Kind) -> str | None:
+    """How long training `new` takes one worker, in words; None where nothing of it is trained."""
+    speeds = Speeds(store, kind)
     trainings = [speeds.training(run) for run in new]
     if None in trainings:
-        return None
+        return (f"how long training them takes {speeds.where} is not known; python -m study.bench "
+                "finds out there")  # fmt: skip
     seconds, timed = (sum(column) for column in zip(*trainings, strict=True))
     beside = [speeds.beside(run) for run in new]
     finished = sum(len(s) for key, s in speeds.finished.items() if len(key) == 1)

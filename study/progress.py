@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from study.errors import printable
 from study.spec import Run, Study
+from study.store import Folder
 
 COLOURS = {
     "done": "green",
@@ -39,8 +41,9 @@ def several(n: int, what: str) -> str:
 class Display:
     """What the launcher shows while it works. Progress is counted in training images."""
 
-    def __init__(self, console: Console, runs: list[Run], done: set[str]) -> None:
-        self.console, self.live = console, console.is_terminal
+    def __init__(self, console: Console, runs: list[Run], done: set[str],
+                 folders: Mapping[str, Folder]) -> None:  # fmt: skip
+        self.console, self.live, self.folders = console, console.is_terminal, folders
         self.bars = Progress(
             TextColumn("{task.description:<32}"),
             BarColumn(),
@@ -97,13 +100,21 @@ class Display:
         """The run's process is gone; state None means another launcher has the run."""
         self.bars.remove_task(self.tasks.pop(run.id))
         self.count += state == "done"
-        if not self.live and state:
-            seconds = time.monotonic() - self.start[run.id]
-            self.console.print(
-                f"{state:<6} {label(run)}  {seconds:.1f} s  [{self.count} of {self.runs} runs]",
-                highlight=False,
-                markup=False,
-            )
+        if self.live or not state:
+            return
+        seconds, folder, why = time.monotonic() - self.start[run.id], self.folders[run.id], ""
+        trained = folder.trained or {}
+        if state == "failed":
+            why = f"\n  {folder.reason()}\n  log: {folder.file('log.txt')}"
+        elif trained.get("outcome") == "diverged":
+            state, why = "diverged", f"\n  {trained['reason']}"
+        self.console.print(
+            f"{state:<6} {label(run)}  {seconds:.1f} s  [{self.count} of {self.runs} runs]"
+            f"{printable(why)}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def state_table(study: Study, states: Mapping[str, str]) -> Table:

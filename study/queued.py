@@ -2,7 +2,8 @@
 submission leaves in results/STUDY/slurm.
 
 Clusters number their jobs alike, so a record names its cluster, and is that cluster's alone. One
-without a name is taken for this cluster's: an earlier version left it, or Slurm gave no name.
+without a name is taken for this cluster's: an earlier version left it, or Slurm gave no name. The
+user's variables that would change what a command of Slurm's means are kept from it.
 """
 
 from __future__ import annotations
@@ -12,14 +13,51 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
-from study.store import read_json
+from study.errors import printable
+from study.progress import several
+from study.store import Folder, read_json
 
 FOLDER = "slurm"  # in results/STUDY
 SECONDS = 60  # that a question to Slurm may take
+FEW, NAMED = 6, 3  # jobs of an array that have a line each, runs of a job that are named
+TAIL, LETTERS = 8192, 200  # bytes of a log in which its last line is looked for, letters told
+SRUN = re.compile(r"srun: (error: \S+: tasks? |Terminating |Job step aborted)")  # says no reason
+OVERRULING = ("SBATCH_", "SCANCEL_", "SCONTROL_", "SLURM_", "SQUEUE_", "SRUN_")
+# where Slurm is and who asks; all else means something to a command, or is of another job
+HARMLESS = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_DEBUG_FLAGS", "SLURM_JWT")
+GIVEN_UP = ("SLURM_CLUSTERS", "SLURM_HINT")  # of these, what a user sets for sbatch
+
+
+def overruling() -> list[str]:
+    """The environment's variables that Slurm's commands don't get to see."""
+    return sorted(k for k in os.environ if k.startswith(OVERRULING) and k not in HARMLESS)
+
+
+def set_for_sbatch() -> list[str]:
+    """Those of them by which a user sets something for every job."""
+    return [k for k in overruling() if k.startswith("SBATCH_") or k in GIVEN_UP]
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Without them in this process, for what calls sbatch itself."""
+    taken = {k: os.environ.pop(k) for k in overruling()}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)
+
+
+def own_job() -> str | None:
+    """The Slurm job that this process belongs to, as squeue --array has it; None outside of
+    one."""
+    array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
 def config() -> dict[str, str]:
@@ -36,8 +74,11 @@ def limit(told: Mapping[str, str]) -> int | None:
 
 def asked(*words: str) -> str | None:
     """What a Slurm command prints; None where there is no such command or it fails."""
+    hidden = overruling()
+    seen = {k: v for k, v in os.environ.items() if k not in hidden}
     try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=SECONDS)
+        done = subprocess.run(words, capture_output=True, text=True, check=False,
+                              timeout=SECONDS, env=seen)  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None
@@ -46,12 +87,26 @@ def asked(*words: str) -> str | None:
 def withdraw(folder: Path) -> None:
     """Cancels what Slurm has taken of an array's folder, told by the script's path, and removes
     the folder."""
-    told = asked("squeue", "--noheader", f"--user={os.geteuid()}", "--format=%F %o") or ""
+    told = asked("squeue", "--noheader", "--all", f"--user={os.geteuid()}", "--format=%F %o") or ""
     lines = [line.partition(" ") for line in told.splitlines()]
     taken = {number for number, _, script in lines if script.startswith(f"{folder}/")}
     if taken:
         asked("scancel", *sorted(taken))
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def ending(log: Path) -> str:
+    """The last line of a job's log that says something; '' where there is none."""
+    try:
+        if not log.is_file():
+            return ""
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - TAIL))
+            lines = file.read(TAIL).decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    told = [line for line in lines if line.strip() and not SRUN.match(line)]
+    return printable(told[-1].strip())[:LETTERS] if told else ""
 
 
 class Record(TypedDict):
@@ -61,6 +116,7 @@ class Record(TypedDict):
     jobs: list[list[str]]
     cluster: NotRequired[str]
     folder: NotRequired[str]
+    retry: NotRequired[bool]
 
 
 class Queue:
@@ -70,12 +126,13 @@ class Queue:
         self.folder = path / FOLDER
         self.job: dict[str, str] = {}  # the job that a run was last given to
         self.logs: dict[str, Path] = {}  # by job
+        self.retries: set[str] = set()  # jobs that try failed runs again
         records = [(number, read_json(p, Record)) for p in self.folder.glob("*.json")
                    if (number := p.stem.rpartition("-")[2]).isdecimal()]  # fmt: skip
         names = Counter(r["cluster"] for _, r in records if "cluster" in r)
         here = config().get("ClusterName") if names else None
         others = {n: count for n, count in names.items() if here and n != here}
-        self.others = [f"{count} array{'s' * (count > 1)} of cluster {name!r} left out: this is "
+        self.others = [f"{several(count, 'array')} of cluster {name!r} left out: this is "
                        f"cluster {here!r}" for name, count in sorted(others.items())]  # fmt: skip
         records = [(number, r) for number, r in records if r.get("cluster") not in others]
         for array, record in sorted(records, key=lambda r: (r[1]["time"], int(r[0]))):
@@ -84,27 +141,52 @@ class Queue:
                 job = array if single else f"{array}_{i}"
                 self.job |= dict.fromkeys(ids, job)
                 self.logs[job] = self.folder / record.get("folder", "") / f"{job}_0_log.out"
+                self.retries |= {job} if record.get("retry") else set()
         # a queue that can't be asked holds nothing, as far as anyone can say
-        words = "squeue", "--noheader", "--array", f"--user={os.geteuid()}", "--format=%i %T"
-        told = asked(*words) if self.job else ""
+        words = "squeue", "--noheader", "--all", "--array", f"--user={os.geteuid()}"
+        told = asked(*words, "--format=%i %T") if self.job else ""
         self.known = told is not None
+        self.notes = self.others + ["squeue does not answer: what is queued is not known"] * (
+            not self.known)
         states = dict(line.split() for line in (told or "").splitlines() if line)
         self.held = {run: states[job] for run, job in self.job.items() if job in states}
 
-    def lines(self, study_states: dict[str, str]) -> list[str]:
-        """A line for each job that Slurm holds, and for each that is gone and left work."""
+    def due(self, run: str, folder: Folder, state: str) -> bool:
+        """Whether a job that Slurm holds will work on a run in this state: on one that failed
+        only if it is to try it again, and has not yet."""
+        if run not in self.held or state in ("done", "running"):
+            return False
+        job = self.job[run]
+        return state != "failed" or (job in self.retries and folder.last().get("job") != job)
+
+    def lines(self, states: Mapping[str, str], names: Mapping[str, str]) -> list[str]:
+        """A line for each job that Slurm holds, and for each that is gone and left work; of many
+        jobs of an array, one together. states, names: of runs by id; other runs don't count."""
         runs: dict[str, list[str]] = {}
         for run, job in self.job.items():
-            if study_states.get(run, "done") not in ("done", "failed"):
+            if states.get(run, "done") not in ("done", "failed"):
                 runs.setdefault(job, []).append(run)
-        lines = list(self.others)
-        if not self.known:
-            lines.append("squeue does not answer: what is queued is not known")
+        groups: dict[tuple[str, str], list[str]] = {}
         for job, ids in runs.items():
-            state = self.held.get(ids[0])
-            count = f"{len(ids)} run{'s' * (len(ids) > 1)}"
-            if state:
-                lines.append(f"job {job}: {state.lower()}, {count} to do; log: {self.logs[job]}")
-            elif self.known:
-                lines.append(f"job {job}: gone, {count} not done; log: {self.logs[job]}")
+            state = self.held.get(ids[0], "gone").lower()
+            if state != "gone" or self.known:
+                groups.setdefault((job.partition("_")[0], state), []).append(job)
+        lines = []
+        for (array, state), jobs in groups.items():
+            for some in [jobs] if len(jobs) > FEW else [[job] for job in jobs]:
+                lines.append(self._line(array, state, some, [names[i] for j in some
+                                                             for i in runs[j]]))  # fmt: skip
         return lines
+
+    def _line(self, array: str, state: str, jobs: list[str], runs: list[str]) -> str:
+        """What these jobs of one array have to do, or have not done, and where they say why."""
+        log, which = self.logs[jobs[0]], f"job {jobs[0]}"
+        if len(jobs) > 1:
+            log, which = log.with_name(f"{array}_*_0_log.out"), f"{len(jobs)} jobs of {array}"
+        what = ", ".join(runs) if len(runs) <= NAMED else several(len(runs), "run")
+        if state != "gone":
+            return f"{which}: {state}, to do: {what}; log: {log}"
+        ends = Counter(end for job in jobs if (end := ending(self.logs[job])))
+        how = "most end" if len(jobs) > 1 else "it ends"
+        said = "".join(f"\n  {how}: {end}" for end, _ in ends.most_common(1))
+        return f"{which}: gone, not done: {what}; log: {log}{said}"

@@ -20,9 +20,10 @@ from study.cluster import submit
 from study.domains import check_counts, check_extractors
 from study.errors import StudyError, nearest, printable
 from study.extractors.names import is_inception
-from study.forecast import forecast
+from study.forecast import Kind, forecast, kind_of
 from study.halves import check_whole
 from study.launch import Launcher, devices
+from study.parameters import parameters
 from study.places import present, weights_file
 from study.progress import Display, label, several, state_table
 from study.queued import Queue
@@ -183,8 +184,8 @@ def check_weights(store: Store, wanted: list[Run], thorough: bool) -> None:
             interop.read(path)
 
 
-def show_plan(console: Console, store: Store, wanted: list[Run]) -> None:
-    """What is new, kept and no longer asked for."""
+def show_plan(console: Console, store: Store, wanted: list[Run], kind: Kind) -> None:
+    """What is new, kept and no longer asked for; kind: of the device that it is for."""
     states = store.states()
     kept = [r for r in wanted if store.folders[r.id].trained is not None]
     names = {r.id for r in kept}
@@ -198,7 +199,7 @@ def show_plan(console: Console, store: Store, wanted: list[Run]) -> None:
         f"{several(len(store.orphans), 'folder')} that this study does not ask for",
         highlight=False,
     )
-    if new and (expected := forecast(store, new)):
+    if new and (expected := forecast(store, new, kind)):
         console.print(printable(expected), highlight=False, markup=False)
     for path in store.orphans:
         console.print(f"  not asked for: {printable(str(path))}", highlight=False, markup=False)
@@ -218,13 +219,14 @@ def main(arguments: list[str] | None = None) -> int:
         if options.on and options.workers is not None:
             raise StudyError("--workers: a job works on one run at a time; not with --on slurm")
         study = load(options.study, tuple(options.set))
+        asked = parameters(options.slurm, options.device, study.name) if options.on else {}
         store, wanted = Store(options.results, study), chosen(study, options.only)
         check_whole({f.path: f.trained for f in store.folders.values()})
         if options.plan:
             check_weights(store, wanted, thorough=False)
-            show_plan(console, store, wanted)
+            show_plan(console, store, wanted, kind_of(options.device, bool(options.on)))
             if options.on:
-                submit(store, wanted, options, console)
+                submit(store, wanted, asked, options, console)
             return 0
         slots = [] if options.status or options.on else devices(options.device, options.workers)
         if not options.status:
@@ -232,10 +234,10 @@ def main(arguments: list[str] | None = None) -> int:
             check_weights(store, wanted, thorough=True)
             store.write_study(options.study)
         if options.on and not options.status:
-            submit(store, wanted, options, console)
+            submit(store, wanted, asked, options, console)
         elif slots:
             done = {i for i, s in store.states(thorough=True).items() if s == "done"}
-            display = Display(console, wanted, done)
+            display = Display(console, wanted, done, store.folders)
             deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
             Launcher(store, wanted, slots, display, options.retry).run(
                 deadline, options.workers == 0
@@ -251,8 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
 def summary(console: Console, store: Store, wanted: list[Run]) -> int:
     """The state table, failures with reason and log, the next command; returns the exit status."""
     states, queue = store.states(), Queue(store.path)
-    told = "done", "running", "failed", None
-    states |= {i: "queued" for i in queue.held if states.get(i) not in told}
+    states |= {i: "queued" for i, s in states.items() if queue.due(i, store.folders[i], s)}
     console.print(state_table(store.study, states))
     blocked = {r.id: w for r in wanted if states[r.id] == "pending" and (w := store.blocked(r))}
     counts = Counter("blocked" if r.id in blocked else states[r.id] for r in wanted)
@@ -274,7 +275,8 @@ def summary(console: Console, store: Store, wanted: list[Run]) -> int:
         elif run.id in blocked:
             why = printable(blocked[run.id])
             console.print(f"blocked: {label(run)}: {why}", highlight=False, markup=False)
-    for line in queue.lines(states):
+    names = {r.id: label(r) for r in store.study.unique.values()}
+    for line in queue.notes + queue.lines(states, names):
         console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"report: python analysis/report.py {store.path}  ->  "

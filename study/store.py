@@ -72,10 +72,12 @@ class Measured(TypedDict):
 
 
 class Attempt(TypedDict):
-    """A row of attempts.jsonl; that of an end has its reason."""
+    """A row of attempts.jsonl: an end has its reason, a start its device, both a Slurm job."""
 
     event: Literal["start", "end"]
     reason: NotRequired[str]
+    device: NotRequired[str]
+    job: NotRequired[str]
 
 
 class Step(TypedDict):
@@ -263,10 +265,8 @@ class Folder:
             return "done"
         if self.locked:
             return "running"
-        attempts = read_lines(self.file("attempts.jsonl"), Attempt)
-        if not attempts:
+        if not (last := self.last()):
             return "pending"
-        last = attempts[-1]
         failed = last["event"] == "end" and last.get("reason") not in ENDED_WELL
         return "failed" if failed else "interrupted"
 
@@ -281,7 +281,11 @@ class Folder:
 
     def reason(self) -> str:
         """Why the last attempt ended."""
-        return read_lines(self.file("attempts.jsonl"), Attempt)[-1].get("reason", "")
+        return self.last().get("reason", "")
+
+    def last(self) -> dict:
+        """The last row of its attempts; empty where there is none."""
+        return (read_lines(self.file("attempts.jsonl"), Attempt) or [{}])[-1]
 
 
 class Store:
@@ -326,14 +330,16 @@ class Store:
         """State by run id."""
         return {r.id: self.folders[r.id].state(r, thorough) for r in self.study.unique.values()}
 
-    def blocked(self, run: Run) -> str | None:
-        """Why this run can't be made: a source that failed or diverged; None where it can."""
+    def blocked(self, run: Run, retry: bool = False) -> str | None:
+        """Why this run can't be made: a source that failed (unless it is tried again) or diverged;
+        None where it can."""
         for source in (self.study.unique[i] for i in run.reads):
             folder = self.folders[source.id]
             outcome = (folder.trained or {}).get("outcome")
-            if outcome == "diverged" or (outcome is None and folder.state(source) == "failed"):
+            failed = outcome is None and not retry and folder.state(source) == "failed"
+            if failed or outcome == "diverged":
                 return f"its source {source.recipe.name} {outcome or 'failed'}"
-            if outcome is None and (why := self.blocked(source)):
+            if outcome is None and (why := self.blocked(source, retry)):
                 return why
         return None
 

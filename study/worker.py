@@ -26,6 +26,7 @@ from study.launch import BUSY, STOP_SIGNALS, STOPPED
 from study.measure import measure
 from study.models import Lookup, check_inputs
 from study.pinned import code
+from study.queued import own_job
 from study.spec import Run
 from study.store import Folder, append_line, now
 from study.student import batch_that_fits, free_memory
@@ -55,6 +56,11 @@ def data_of(factors: Factors, device: torch.device) -> data.Dataset:
 CODE = code()
 
 
+def job() -> dict[str, str]:
+    """The Slurm job that this is part of, as a row has it; nothing elsewhere."""
+    return {"job": own} if (own := own_job()) else {}
+
+
 def provenance(device: torch.device) -> dict[str, object]:
     """Where and on what an attempt runs."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -67,6 +73,7 @@ def provenance(device: torch.device) -> dict[str, object]:
         "python": platform.python_version(),
         **CODE,
         "pid": os.getpid(),
+        **job(),
     }
 
 
@@ -131,7 +138,7 @@ def work(run: Run, sources: Mapping[str, Run], folders: Mapping[str, Folder], de
                 reason = str(error) if isinstance(error, StudyError) else repr(error)
                 result = FAILED
             append_line(folder.file("attempts.jsonl"),
-                        {"event": "end", "time": now(), "reason": reason})  # fmt: skip
+                        {"event": "end", "time": now(), "reason": reason, **job()})  # fmt: skip
             return STOPPED if stopping and result != BUSY else result
     finally:
         for number, handler in before.items():

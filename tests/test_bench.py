@@ -84,7 +84,7 @@ def test_plan_tells_the_benchs_forecast(
 ) -> None:
     folder, found = benched
     words = [str(folder / "small.yaml"), "--plan", "--results", str(folder / "results")]
-    assert command.main(words) == 0
+    assert command.main([*words, "--device", "cpu"]) == 0
     text = " ".join(capsys.readouterr().out.split())
     minutes = found["forecast_seconds"]["training"] / 60
     assert f"takes about {minutes:.1f} minutes of one worker by study.bench on one CPU" in text
@@ -188,9 +188,10 @@ def test_every_seeds_measurements_are_in_the_forecast_and_flips_are_timed_as_tra
     total = found["forecast_seconds"]["measurements"]
     assert total == pytest.approx(3 * (ct + exact + edm))
     capsys.readouterr()
-    assert command.main([*words, "--plan"]) == 0
+    plan = [*words, "--device", "cpu", "--plan"]
+    assert command.main(plan) == 0
     assert "by study.bench on one CPU thread" in " ".join(capsys.readouterr().out.split())
-    assert command.main([*words, "--plan", "--set", "base.network.width=8"]) == 0
+    assert command.main([*plan, "--set", "base.network.width=8"]) == 0
     assert "takes about" not in capsys.readouterr().out
 
 
@@ -231,5 +232,5 @@ def test_steps_alone_are_told_as_such(
     assert main([*words, "--device", "cpu", "--steps", "1", "--steps-only"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "measurements of 6 runs not timed" in said and "determinism" not in said
-    assert command.main([*words, "--plan"]) == 0
+    assert command.main([*words, "--device", "cpu", "--plan"]) == 0
     assert "measuring comes on top" in " ".join(capsys.readouterr().out.split())

@@ -17,16 +17,18 @@ from pathlib import Path
 
 import pytest
 import slurm
-from studies import TWO_MODES, content, read, replaced, write
+from studies import TWO_MODES, content, read, replaced, trained, write
 
-from study import cluster, pinned
-from study.cluster import Job, arrays, parameters
+from study import cluster, jobs, pinned, sealed
+from study.cluster import arrays
 from study.errors import StudyError
+from study.jobs import Job
+from study.parameters import parameters
 from study.pinned import code
 from study.queued import FOLDER, Queue
 from study.resolve import load
 from study.run import main
-from study.store import Folder, Store, read_json, read_lines, write_json
+from study.store import Folder, Store, append_line, read_json, read_lines, write_json
 
 ROOT = Path(__file__).parents[1]
 REQUEUES = "Calling checkpoint method"  # what submitit logs before it has a job requeued
@@ -129,6 +131,11 @@ def test_plan_shows_what_would_be_submitted_and_needs_no_slurm(
         (["--slurm", "partitoin=gpu"], "did you mean 'partition'"),
         (["--slurm", "cheese=1"], "allowed: account, "),
         (["--slurm", "time=soon"], "Expected `int`"),
+        (["--slurm", "time=4:00:00"], "Expected `int`, got `str`; minutes, a whole number"),
+        (["--slurm", "gpus_per_node=0", "--device", "auto"], "would find no GPU; runs on CPUs"),
+        (["--slurm", "gres=gpu:a100:0", "--device", "cuda"], "want --device cpu"),
+        (["--slurm", "gres=none", "--device", "auto"], "gres=none: its jobs would find no GPU"),
+        (["--slurm", "additional_parameters={gpus: 0}", "--device", "auto"], "would find no GPU"),
         (["--slurm", "cpus_per_task=2.5"], "Expected `int | null`"),
         (["--slurm", "time=14"], "at least 15 minutes"),
         (["--slurm", "dependency=afterok:1"], "set by --on slurm"),
@@ -143,7 +150,8 @@ def test_what_slurm_would_misunderstand_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
 ) -> None:
     assert main(command(write(tmp_path), "--plan", *words)) == 2
-    assert said in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert said in told.err and not told.out  # before anything is shown
 
 
 def test_a_slurm_parameter_without_slurm_is_refused(
@@ -156,7 +164,11 @@ def test_a_slurm_parameter_without_slurm_is_refused(
 def test_a_gpu_is_asked_for_unless_something_else_is() -> None:
     assert parameters([], "auto", "x")["gpus_per_node"] == 1
     assert "gpus_per_node" not in parameters([], "cpu", "x")
-    assert "gpus_per_node" not in parameters(["gres=gpu:a100:1"], "auto", "x")
+    for said in ("gres=gpu:a100:1", "gres=gpu", "gpus_per_task=1", "gres=lustre:1,shard:20",
+                 "additional_parameters={gpus: 2}"):  # fmt: skip
+        assert "gpus_per_node" not in parameters([said], "auto", "x"), said
+    assert parameters(["gres=lustre:1"], "auto", "x")["gpus_per_node"] == 1
+    assert parameters(["gpus_per_node=0"], "cpu", "x")["gpus_per_node"] == 0
 
 
 def test_all_memory_of_a_node_has_no_unit() -> None:
@@ -172,7 +184,8 @@ def test_a_refused_array_is_told_and_the_same_command_submits_the_rest(
     assert main(command(path)) == 2
     told = capsys.readouterr().err.replace("\n", " ")
     assert "array 2 of 3 was not submitted" in told and "QOSMaxSubmitJobPerUserLimit" in told
-    assert "submitted before it: 41" in told
+    assert "submitted before it: 41, and the same command leaves that alone" in told
+    assert told.count("QOSMaxSubmitJobPerUserLimit") == 1
     (fake.folder / "limit").unlink()
     (fake.folder / "queue").write_text("41_0 PENDING\n41_1 RUNNING\n41_2 PENDING\n")
     assert main(command(path)) == 3
@@ -202,7 +215,7 @@ def test_nothing_is_submitted_twice_and_what_is_gone_is_again(
     told = capsys.readouterr().out
     folder = tmp_path / "results/small" / FOLDER
     log = folder / read_json(folder / "41.json")["folder"] / "41_0_0_log.out"
-    assert f"job 41_0: gone, 1 run not done; log: {log}" in told
+    assert f"job 41_0: gone, not done: edm-s0; log: {log}" in told
     assert "1 pending, 5 queued" in " ".join(told.split())
     assert main(command(path)) == 3
     assert len(fake.scripts()) == 4
@@ -252,7 +265,8 @@ def full(*_: object, **__: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "place", ["study.pinned.shutil.copyfile", "study.pinned.write_json", "study.pinned.os.rename",
+    "place", ["study.pinned.TemporaryDirectory", "study.pinned.shutil.copyfile",
+              "study.pinned.write_json", "study.pinned.os.rename",
               "submitit.core.utils.cloudpickle_dump", "study.cluster.mkdtemp",
               "study.cluster.write_json"],
 )  # fmt: skip
@@ -411,6 +425,93 @@ def test_an_array_waits_only_for_sources_that_are_to_be_trained(tmp_path: Path) 
     assert found(cd, queue) == [({"cd0"}, ()), ({"cd1"}, ("8",))]
 
 
+def begun(fake: Fake, decoy: Path) -> subprocess.CompletedProcess:
+    """The first job that was submitted, run here, where another checkout is on the path."""
+    fake.program("srun", 'shift 3; exec "$@"\n')
+    words = ["bash", str(fake.folder / "script.1")]
+    return subprocess.run(words, text=True, check=False, stdout=subprocess.PIPE, env={
+        **os.environ, "SLURM_JOB_ID": "41", "PYTHONPATH": str(decoy)},
+        stderr=subprocess.STDOUT)  # fmt: skip
+
+
+@pytest.fixture
+def decoy(tmp_path: Path) -> Path:
+    """A checkout that notes in its file `used` what of it is imported."""
+    folder = tmp_path / "decoy"
+    shutil.copytree(ROOT / "study", folder / "study")
+    for file in folder.rglob("*.py"):
+        note = f"open({str(folder / 'used')!r}, 'a').write(__file__ + '\\n')\n"
+        text = file.read_text()  # after the line that has to be the first
+        file.write_text(text.replace("annotations\n", f"annotations\n{note}", 1)
+                        if "annotations\n" in text else note + text)
+    return folder
+
+
+@pytest.mark.parametrize("gone", ["", "study", "study/__init__.py", "study/jobs.py",
+                                  "study/train.py", "study/presets.yaml", "given/small.yaml",
+                                  "code.json"])  # fmt: skip
+def test_a_job_whose_copy_is_not_whole_runs_nothing(
+    tmp_path: Path, fake: Fake, decoy: Path, gone: str
+) -> None:
+    """As where a file system is cleaned of old files while the job waits."""
+    path, folder = write(tmp_path), tmp_path / "results/small" / FOLDER
+    assert main(command(path, "--only", "ct-*-s0")) == 3
+    lost = folder / read_json(folder / "41.json")["home"] / gone
+    shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
+    done = begun(fake, decoy)
+    assert done.returncode == 1 and "the copy of the code that this job was" in done.stdout
+    assert "the same command makes another" in done.stdout
+    assert not (decoy / "used").exists() and "Traceback" not in done.stdout
+    assert not (tmp_path / "results/small/runs").exists()
+
+
+def test_a_copy_that_changed_runs_nothing_and_a_whole_one_is_all_that_runs(
+    tmp_path: Path, fake: Fake, decoy: Path
+) -> None:
+    path, folder = write(tmp_path), tmp_path / "results/small" / FOLDER
+    assert main(command(path, "--only", "ct-*-s0")) == 3
+    more = folder / read_json(folder / "41.json")["home"] / "study/losses.so"
+    more.touch()  # Python would load it before losses.py
+    done = begun(fake, decoy)
+    assert done.returncode == 1 and "were removed or changed since" in done.stdout
+    more.unlink()
+    done = begun(fake, decoy)
+    assert done.returncode == 0, done.stdout
+    assert not (decoy / "used").exists()
+    store = Store(tmp_path / "results", read(tmp_path))
+    assert list(store.states().values()).count("done") == 1
+
+
+def test_what_leaves_the_copy_while_a_job_runs_is_not_found_elsewhere(
+    tmp_path: Path, decoy: Path
+) -> None:
+    """The modules that are imported late. What submitit would call is a script of this test's."""
+    home, late = tmp_path / "copy", "study/folder.py"
+    pinned.pin(home, write(tmp_path))
+    whole = sealed.digest(home)
+    (tmp_path / "submitit/core").mkdir(parents=True)
+    (tmp_path / "submitit/__init__.py").touch()
+    (tmp_path / "submitit/core/__init__.py").touch()
+    (tmp_path / "submitit/core/_submit.py").write_text(f"""
+import os, sys
+import study.cluster, study.extractors.names
+there = [m.__file__ for n, m in sys.modules.items() if n.partition(".")[0] == "study"]
+assert len(there) > 20 and all(f.startswith({str(home)!r}) for f in there), there
+os.unlink({str(home / late)!r})
+try:
+    import study.folder
+except ModuleNotFoundError as error:
+    print(sys.argv[1], error)
+""")
+    words = [sys.executable, "-u", str(home / "study/sealed.py"), whole, "-m", "x", "payload"]
+    path = os.pathsep.join(map(str, (decoy, tmp_path)))
+    done = subprocess.run(words, text=True, capture_output=True, check=False, cwd=tmp_path, env={
+        **os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1",
+        "PYTHONDONTWRITEBYTECODE": "1"})  # fmt: skip
+    said = f"study.folder: not in {home} any more, the copy of the code that this job was given\n"
+    assert done.stdout == f"payload {said}", done.stdout + done.stderr
+
+
 @pytest.fixture
 def handlers() -> Iterator[None]:
     """Puts back the signal handlers that a job changes."""
@@ -432,10 +533,208 @@ def test_a_run_whose_source_is_not_there_leaves_at_once_and_says_why(
     assert [store.folders[i].state(study.unique[i]) for i in ids] == ["pending", "done"]
 
 
-def test_a_requeued_job_does_not_try_failures_again() -> None:
-    again = Job().checkpoint("small.yaml", [], "results", "cpu", True, ["a", "b"])
-    assert again.args == ("small.yaml", [], "results", "cpu", False, ["a", "b"])
-    assert isinstance(again.function, Job)
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize("how", ["failed", "diverged"])
+def test_a_job_without_its_source_says_what_can_be_done_and_ends_with_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    path, study = write(tmp_path), read(tmp_path)
+    store = Store(tmp_path / "results", study)
+    edm, cd = (next(r for r in study.runs if r.recipe.name == name) for name in ("edm", "cd"))
+    source = store.folders[edm.id]
+    source.path.mkdir(parents=True)
+    append_line(source.file("attempts.jsonl"), {"event": "end", "reason": "no luck"})
+    if how == "diverged":
+        outcome = {"outcome": "diverged", "reason": "at 64 images"}
+        write_json(source.file("trained.json"), trained(edm.id, **outcome))
+    with pytest.raises(SystemExit, match="error: of 1 run: 1 blocked"):
+        Job()(str(path), [], str(tmp_path / "results"), "cpu", False, [cd.id])
+    told = capsys.readouterr().out
+    then = {"failed": "--retry tries both again", "diverged": "it cannot be made"}
+    assert f"left: cd-small-s0: its source edm {how}; {then[how]}\n" in told
+    assert "the same command" not in told
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_jobs_log_says_why_a_run_failed_or_diverged_and_the_others_are_tried(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = TWO_MODES.replace("{score: single_sample}",
+                             "{score: single_sample, optimizer: {lr: 1e30}}")  # fmt: skip
+    path, study = write(tmp_path, text), read(tmp_path, text)
+    store = Store(tmp_path / "results", study)
+    names = ("edm", "cd", "ct")
+    first, late, wild = (next(r for r in study.runs if r.recipe.name == name) for name in names)
+    broken = store.folders[first.id].path
+    broken.mkdir(parents=True)
+    write_json(broken / "run.json", {"id": "another"})
+    with pytest.raises(SystemExit, match="error: of 3 runs: 1 failed, 1 blocked"):
+        Job()(str(path), [], str(tmp_path / "results"), "cpu", False,
+              [first.id, late.id, wild.id])  # fmt: skip
+    told = capsys.readouterr().out
+    assert f"  {broken}: run.json belongs to run another\n  log: {broken / 'log.txt'}\n" in told
+    line = next(x for x in told.splitlines() if x.startswith("diverged ct-small-s0"))
+    after = told.split(line)[1].splitlines()[1]
+    assert after == f"  {store.folders[wild.id].trained['reason']}"
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_job_that_cannot_begin_leaves_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="^error: .*gone.yaml: "):
+        Job()(str(tmp_path / "gone.yaml"), [], str(tmp_path), "cpu", False, [])
+
+
+def failing(folder: Path, text: str = TWO_MODES) -> tuple[Path, Store, dict[str, str]]:
+    """A study whose ct-s0 failed: file, store, and ids by NAME-sSEED."""
+    path = write(folder, text)
+    store = Store(folder / "results", read(folder, text))
+    ids = {f"{r.recipe.name}-s{r.seed}": r.id for r in store.study.runs}
+    place = store.folders[ids["ct-s0"]]
+    place.path.mkdir(parents=True)
+    append_line(place.file("attempts.jsonl"), {"event": "end", "reason": "no luck", "job": "7"})
+    return path, store, ids
+
+
+def test_a_retry_that_waits_is_queued_until_it_was_tried(
+    tmp_path: Path, fake: Fake, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, store, ids = failing(tmp_path)
+    status = [str(path), "--results", str(tmp_path / "results"), "--only", "ct-*-s0", "--status"]
+    place, first = store.folders[ids["ct-s0"]], command(path, "--only", "ct-*-s0")
+    assert main(first) == 1 and not fake.scripts()  # failed, and it is not to be tried again
+    assert main([*first, "--retry"]) == 1  # submitted, and gone at once
+    (fake.folder / "queue").write_text("41 PENDING\n")
+    capsys.readouterr()
+    assert main(status) == 3
+    told = capsys.readouterr().out
+    log = store.path / FOLDER / read_json(store.path / FOLDER / "41.json")["folder"]
+    assert "1 queued" in told and "failed" not in told
+    assert f"job 41: pending, to do: ct-small-s0; log: {log / '41_0_log.out'}" in told
+    assert main([*first, "--retry"]) == 3 and len(fake.scripts()) == 1
+    append_line(place.file("attempts.jsonl"), {"event": "start", "job": "41"})
+    append_line(place.file("attempts.jsonl"), {"event": "end", "reason": "again", "job": "41"})
+    assert main(status) == 1  # it failed again, whatever else that job still does
+    assert main([*first, "--retry"]) == 1 and len(fake.scripts()) == 2
+
+
+def test_a_job_that_is_not_to_retry_does_not_keep_a_retry_away(
+    tmp_path: Path, fake: Fake
+) -> None:
+    path, store, ids = failing(tmp_path)
+    record = {"time": "2020-01-01T00:00:00Z", "jobs": [[ids["ct-s0"], ids["ct-s1"]]]}
+    (store.path / FOLDER).mkdir()
+    write_json(store.path / FOLDER / "7.json", record)
+    (fake.folder / "queue").write_text("7 RUNNING\n")  # its other run
+    assert main(command(path, "--retry", "--only", "ct-*")) == 1
+    assert len(fake.scripts()) == 1 and "--array" not in fake.scripts()[0]
+
+
+def test_a_retry_leaves_out_what_waits_for_a_diverged_source(
+    tmp_path: Path, fake: Fake, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, store, ids = failing(tmp_path)
+    for seed, outcome in (("0", "diverged"), ("1", None)):
+        source = store.folders[ids[f"edm-s{seed}"]]
+        source.path.mkdir(parents=True)
+        append_line(source.file("attempts.jsonl"), {"event": "end", "reason": "no luck"})
+        if outcome:
+            told = trained(ids[f"edm-s{seed}"], outcome=outcome, reason="at 64 images")
+            write_json(source.file("trained.json"), told)
+    assert main(command(path, "--retry", "--plan", "--only", "cd-*")) == 0
+    told = capsys.readouterr().out
+    assert "2 runs to submit" in told and ": edm-s1" in told and ": cd-small-s1" in told
+    assert ": cd-small-s0" not in told
+
+
+def test_variables_of_the_user_do_not_reach_slurm(
+    tmp_path: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = fake.folder / "seen"
+    for name in ("sbatch", "squeue", "scontrol"):
+        text = (fake.folder / name).read_text().removeprefix("#!/bin/sh\n")
+        fake.program(name, f"env | grep -E '^(SBATCH|SCONTROL|SLURM|SQUEUE|SRUN)_' >> {seen}\n"
+                     f"{text}")  # fmt: skip
+    kept = {"SLURM_CONF": "/x", "SLURM_JWT": "y"}
+    told = ("SBATCH_TIMELIMIT", "SBATCH_ACCOUNT", "SLURM_CLUSTERS")
+    for name in (*told, "SQUEUE_STATES", "SCONTROL_ALL", "SLURM_CPU_BIND", "SRUN_CPUS_PER_TASK"):
+        monkeypatch.setenv(name, "1")
+    for name, value in kept.items():
+        monkeypatch.setenv(name, value)
+    assert main(command(write(tmp_path), "--only", "ct-*-s0")) == 3
+    said = capsys.readouterr().err
+    assert said.count("SBATCH_ACCOUNT, SBATCH_TIMELIMIT, SLURM_CLUSTERS of the environment") == 1
+    assert set(seen.read_text().splitlines()) == {f"{k}={v}" for k, v in kept.items()}
+    assert os.environ["SBATCH_ACCOUNT"] == "1"
+
+
+def test_status_says_how_a_dead_jobs_log_ends_and_puts_many_jobs_together(
+    tmp_path: Path, fake: Fake, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, replaced("seeds: [0, 1]", "seeds: [0, 1, 2, 3, 4, 5, 6, 7]"))
+    fake.program("scontrol", "echo 'MaxArraySize            = 99'\n")
+    assert main(command(path)) == 3
+    folder = tmp_path / "results/small" / FOLDER
+    (fake.folder / "queue").write_text("".join(f"42_{i} PENDING\n" for i in range(8)))
+    place = folder / read_json(folder / "41.json")["folder"]
+    for i in range(3):
+        (place / f"41_{i}_0_log.out").write_text(
+            "python\nerror: no GPU \x1b[31mhere\n\nsrun: error: node1: task 0: Exited with exit "
+            "code 1\n")  # fmt: skip
+    capsys.readouterr()
+    status = [str(path), "--results", str(tmp_path / "results"), "--status"]
+    assert main(status) == 3
+    told = capsys.readouterr().out
+    later = folder / read_json(folder / "42.json")["folder"]
+    assert f"16 jobs of 41: gone, not done: 16 runs; log: {place}/41_*_0_log.out\n" in told
+    assert "  most end: error: no GPU \\x1b[31mhere\n" in told
+    assert f"8 jobs of 42: pending, to do: 8 runs; log: {later}/42_*_0_log.out\n" in told
+    (fake.folder / "queue").write_text("".join(f"41_{i} RUNNING\n" for i in range(1, 16)))
+    assert main(status) == 3
+    told = capsys.readouterr().out
+    alone = f"job 41_0: gone, not done: edm-s0; log: {place}/41_0_0_log.out\n  it ends: error: no"
+    assert alone in told
+    assert main(command(path, "--only", "edm-s0")) == 3
+    told = capsys.readouterr().out  # also where it is submitted again
+    assert f"1 run to submit, 0 queued already, 0 running\n{alone}" in told
+
+
+def test_speeds_of_a_cpu_say_nothing_of_a_gpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path)
+    words = [str(path), "--results", str(tmp_path / "results"), "--only", "ct-*"]
+    assert main([*words, "--workers", "0", "--only", "ct-*-s0", "--device", "cpu"]) == 0
+    shutil.rmtree(next((tmp_path / "results").rglob("ct-small-s1-*")))
+    told = {}
+    for device in ("cpu", "cuda"):
+        capsys.readouterr()
+        assert main([*words, "--on", "slurm", "--plan", "--device", device]) == 0
+        told[device] = " ".join(capsys.readouterr().out.split())
+    unknown = "how long training them takes on a GPU is not known"
+    assert "by the speed of 1 finished runs" in told["cpu"] and unknown not in told["cpu"]
+    assert unknown in told["cuda"] and "1,000 images a second" in told["cuda"]
+    assert "finds out on a GPU" in told["cuda"]
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_requeued_job_tries_only_what_it_has_not_tried(
+    tmp_path: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two runs that failed before, one failed again before the job was requeued."""
+    path, study = write(tmp_path), read(tmp_path)
+    store, ids = Store(tmp_path / "results", study), [r.id for r in study.runs if r.seed == 0][:2]
+    for i, job in zip(ids, ("7_3", "6_3"), strict=True):
+        store.folders[i].path.mkdir(parents=True)
+        row = {"event": "end", "reason": "no luck", "job": job}
+        append_line(store.folders[i].file("attempts.jsonl"), row)
+    for key, value in (("JOB_ID", "9"), ("ARRAY_JOB_ID", "7"), ("ARRAY_TASK_ID", "3")):
+        monkeypatch.setenv(f"SLURM_{key}", value)
+    again = Job().checkpoint(str(path), [], str(tmp_path / "results"), "cpu", True, ids)
+    with pytest.raises(SystemExit, match="error: of 2 runs: 1 failed"):
+        again.function(*again.args)
+    assert [store.folders[i].state(study.unique[i]) for i in ids] == ["failed", "done"]
+    rows = read_lines(store.folders[ids[1]].file("attempts.jsonl"))
+    assert [r["job"] for r in rows] == ["6_3", "7_3", "7_3"]
 
 
 def test_a_job_of_an_array_asks_about_itself_alone(
@@ -453,10 +752,10 @@ esac
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
-    assert cluster._state() == "RUNNING"
+    assert jobs._state() == "RUNNING"
     monkeypatch.delenv("SLURM_ARRAY_JOB_ID")
     monkeypatch.setenv("SLURM_JOB_ID", "9")
-    assert cluster._state() == "COMPLETING"
+    assert jobs._state() == "COMPLETING"
 
 
 @pytest.mark.usefixtures("handlers")
@@ -471,7 +770,7 @@ def test_a_stopped_job_is_requeued_unless_slurm_has_taken_it(
     fake.program("squeue", f"echo {state}\n")
     for key, value in (("SUBMITIT_EXECUTOR", "slurm"), ("SLURM_JOB_ID", "7")):
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr(cluster.Launcher, "run", lambda self, *_, **__: self.stop())
+    monkeypatch.setattr(jobs.Launcher, "run", lambda self, *_, **__: self.stop())
     before = signal.signal(signal.SIGUSR2, lambda *_: heard.append(state))
     try:
         Job()(str(path), [], str(tmp_path / "results"), "cpu", False, [study.runs[0].id])
@@ -662,8 +961,56 @@ def test_sbatch_itself_says_what_it_refuses(
     real: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(command(write(tmp_path), "--slurm", "partition=nowhere")) == 2
-    assert "invalid partition" in capsys.readouterr().err.lower()
+    told = capsys.readouterr().err.lower()
+    assert told.count("invalid partition specified") == 1 and "the same command" not in told
+    words = ["--device", "auto", "--only", "ct-*-s0"]
+    assert main(command(tmp_path / "small.yaml", *words)) == 2
+    assert "a job asks for a GPU unless --device cpu is given" in capsys.readouterr().err
     assert not list((tmp_path / "results/small" / FOLDER).glob("*.json"))
+
+
+def test_failures_are_slurms_too_and_a_retry_waits_in_the_queue(
+    real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job of two runs, one of which fails, and its retry, whatever the user's variables."""
+    path, study = write(tmp_path), read(tmp_path)
+    store = Store(tmp_path / "results", study)
+    bad, good = (store.folders[r.id] for r in study.runs if r.recipe.name == "ct")
+    bad.path.mkdir(parents=True)
+    write_json(bad.file("run.json"), {"id": "another"})
+    only = command(path, "--only", "ct-*", "--minutes", "30")
+    assert main(only) == 3
+    until(empty)
+    ran = next(r.id for r in study.runs if r.recipe.name == "ct")
+    first = Queue(store.path).job[ran]
+    told = slurm.asked("scontrol", "show", "job", first)
+    assert "JobState=FAILED" in told and "ExitCode=1:0" in told and "Restarts=0" in told
+    assert good.trained and {r["job"] for r in read_lines(good.file("attempts.jsonl"))} == {first}
+    log = Queue(store.path).logs[first].read_text()
+    assert "run.json belongs to run another" in log and "error: of 2 runs: 1 failed" in log
+    assert "Traceback" not in log
+    bad.file("run.json").unlink()
+    capsys.readouterr()
+    assert main([*only, "--status"]) == 1
+    held = ["--retry", "--slurm", "additional_parameters={hold: true}"]
+    theirs = {"SQUEUE_STATES": "RUNNING", "SQUEUE_PARTITION": "urgent", "SBATCH_NO_REQUEUE": "1",
+              "SBATCH_TIMELIMIT": "7", "SBATCH_PARTITION": "urgent"}  # fmt: skip
+    with monkeypatch.context() as patch:
+        for key, value in theirs.items():
+            patch.setenv(key, value)
+        assert main([*only, *held]) == 3
+        told = " ".join(capsys.readouterr().out.split())
+        assert "1 run to submit" in told and "1 queued" in told and "pending, to do: ct" in told
+        assert main([*only, *held]) == 3
+        assert "0 runs to submit, 1 queued already" in capsys.readouterr().out
+    second = Queue(store.path).job[ran]
+    told = slurm.asked("scontrol", "show", "job", second)
+    for word in ("Requeue=1", "TimeLimit=04:00:00", "Partition=main"):
+        assert word in told, told
+    subprocess.run(["scontrol", "release", second], check=True)
+    until(empty)
+    assert main([*only, "--status"]) == 0
+    assert [r["job"] for r in read_lines(bad.file("attempts.jsonl"))] == [first, second, second]
 
 
 def test_what_slurm_took_and_nothing_records_is_taken_back(

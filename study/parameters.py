@@ -1,0 +1,86 @@
+"""What --slurm KEY=VALUE asks for, as submitit's parameters; what could not work is refused."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import msgspec
+
+from study.errors import StudyError, nearest
+from study.layers import read_yaml
+
+TIME, SHORTEST = 240, 15  # minutes: a job's limit; submitit takes a preempted job of less than 10
+# or so for timed out
+OURS = ("dependency", "nodes", "ntasks_per_node", "use_srun")  # one process on one node
+KEPT = ("array", "chdir", "clusters", "dependency", "error", "job-name", "nodes", "ntasks",
+        "ntasks-per-node", "open-mode", "output", "signal", "time")  # fmt: skip
+MEMORY = ("mem", "mem_per_cpu", "mem_per_gpu")
+GPU_KEYS = ("gpus", "gpus_per_node", "gpus_per_socket", "gpus_per_task", "num_gpus", "gres")
+GPU_GRES = ("gpu", "shard", "mps", "none")  # none: of no kind
+
+
+def parameters(given: Iterable[str], device: str, name: str) -> dict[str, Any]:
+    """Submitit's parameters: the defaults with --slurm KEY=VALUE laid over them.
+
+    Raises StudyError for a name that submitit does not know, a value of another type, memory
+    without a unit, a time limit that it would take for final, and no GPU for runs that need one.
+    """
+    from submitit.slurm import slurm
+
+    known = typing.get_type_hints(slurm._make_sbatch_string)
+    known = {k: v for k, v in known.items() if k in slurm.SlurmExecutor._valid_parameters()}
+    values: dict[str, Any] = {"job_name": name, "time": TIME, "stderr_to_stdout": True}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise StudyError(f"--slurm {text}: key=value expected")
+        if key in OURS:
+            raise StudyError(f"--slurm {text}: a job is one process, submitted after the jobs of "
+                             f"its sources; {key} is set by --on slurm")  # fmt: skip
+        if key not in known:
+            raise StudyError(f"--slurm {text}: submitit has no such parameter; "
+                             f"{nearest(key, set(known) - set(OURS))}")  # fmt: skip
+        values[key] = _typed(value, known[key], f"--slurm {text}")
+    if values["time"] < SHORTEST:
+        raise StudyError(f"--slurm time={values['time']}: at least {SHORTEST} minutes; submitit "
+                         "would take any preemption of a shorter job for a time limit, and after "
+                         "some of those it gives a job up")  # fmt: skip
+    more = values.get("additional_parameters") or {}
+    if taken := sorted(k for k in more if k.replace("_", "-") in KEPT):
+        raise StudyError(f"--slurm additional_parameters: {taken[0]}: --on slurm stands on a value"
+                         " of its own, or has a --slurm key for it")  # fmt: skip
+    for key, value in {**more, **values}.items():
+        if key.replace("-", "_") in MEMORY and str(value).strip("0").isdecimal():
+            raise StudyError(f"--slurm {key}={value}: Slurm would take it for megabytes; name the "
+                             f"unit, {value}G or {value}M")  # fmt: skip
+    if device != "cpu" and not _gpus({**more, **values}):
+        values["gpus_per_node"] = 1
+    # a cluster may requeue only what asks for it
+    values["additional_parameters"] = {"requeue": True, **more}
+    return values
+
+
+def _gpus(values: Mapping[str, Any]) -> bool:
+    """Whether GPUs are asked for. Raises StudyError where it is said that there shall be none."""
+    said = {key: [part for part in str(value).lower().split(",")
+                  if key != "gres" or part.startswith(GPU_GRES)]
+            for key, value in values.items() if key.replace("-", "_") in GPU_KEYS}  # fmt: skip
+    said = {key: parts for key, parts in said.items() if parts}
+    if said and all(part.rpartition(":")[2] in ("0", "none") for p in said.values() for part in p):
+        key = next(iter(said))
+        raise StudyError(f"--slurm {key}={values[key]}: its jobs would find no GPU; runs on CPUs "
+                         "want --device cpu")  # fmt: skip
+    return bool(said)
+
+
+def _typed(text: str, kind: Any, where: str) -> Any:  # noqa: ANN401
+    """The value as YAML reads it, else as text (account=4 is text to submitit)."""
+    for value in (read_yaml(text, where), text):
+        try:
+            return msgspec.convert(value, kind)
+        except msgspec.ValidationError as error:
+            said = str(error)
+    said += "; minutes, a whole number of them" * where.startswith("--slurm time=")
+    raise StudyError(f"{where}: {said}")
