@@ -13,14 +13,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, library, nn
+from torch.utils.flop_counter import register_flop_formula
 
 PIECE = 256  # images
 
 
 def convolved(h: Tensor, layer: nn.Conv2d) -> Tensor:
     """The layer's convolution of h (B, C, H, W), without its bias."""
-    narrows = layer.in_channels > layer.out_channels and layer.kernel_size == (3, 3)
-    if narrows and len(h) > PIECE:
+    same = layer.kernel_size == (3, 3) and layer.stride == layer.padding == (1, 1)
+    if same and layer.in_channels > layer.out_channels and len(h) > PIECE:
         return Pieces.apply(h, layer.weight)
     return F.conv2d(h, layer.weight, None, layer.stride, layer.padding)
 
@@ -63,3 +64,8 @@ def weight_gradient(dy: Tensor, x: Tensor, w: Tensor) -> Tensor:
 @weight_gradient.register_fake
 def _(dy: Tensor, x: Tensor, w: Tensor) -> Tensor:
     return torch.empty_like(w, dtype=torch.promote_types(w.dtype, torch.float32))
+
+
+@register_flop_formula(torch.ops.study.weight_gradient)
+def _(dy: torch.Size, x: torch.Size, w: torch.Size, **_: object) -> int:
+    return 2 * dy[0] * dy[2:].numel() * w.numel()

@@ -168,11 +168,6 @@ def frechet(a: Statistics, b: Statistics) -> float:
     return float(fid_statistics_to_metric(a, b, verbose=False)[FID])
 
 
-def fid(a: Tensor, b: Tensor) -> float:
-    """Frechet distance of two feature sets (n, F), by torch-fidelity."""
-    return frechet(*(statistics(x, x.device) for x in (a, b)))
-
-
 def kid(a: Tensor, b: Tensor) -> float:
     """Kernel distance of two feature sets of equal size, one subset of all n, by
     torch-fidelity."""

@@ -26,7 +26,7 @@ from study.data import Batch
 from study.factors import Continuous, Denoising, Edm, Factors, Frozen, Sigma
 from study.meaning import has_head, stepped
 from study.scores import Knowledge, Point, estimate
-from study.streams import aside
+from study.streams import beside
 
 REPEATS = 2002  # the noise stream of further draws of x given x_t
 
@@ -69,12 +69,12 @@ class Problem:
         f, sigma, x, mask = self.factors, self.sigma, batch.x, batch.mask
         x_t = x + along(t, x) * batch.z
         head = has_head(f)
-        with aside(x) as joined:
-            if stepped(f):  # before the student's graph is held
-                targets = self.targets(batch, x_t, r, t, progress)
-        inputs = scaled(x_t, t, sigma), t.log() / 4, mask
-        F, head_F = self.net(*inputs, True) if head else (self.net(*inputs), None)
-        joined()
+        with beside(x) as aside:
+            with aside:
+                if stepped(f):  # before the student's graph is held
+                    targets = self.targets(batch, x_t, r, t, progress)
+            inputs = scaled(x_t, t, sigma), t.log() / 4, mask
+            F, head_F = self.net(*inputs, True) if head else (self.net(*inputs), None)
         if isinstance(f.objective, Denoising):
             # EDM's weighting makes the loss of F uniform over t
             error = denoised(F, x_t, t, sigma) - x

@@ -36,8 +36,8 @@ class Tiling(NamedTuple):
 def tiling(pixels: int, group: int, itemsize: int, way: str) -> Tiling:
     """The shape of a program's tile for groups of `group` channels: 64 bytes of a pixel, and as
     many pixels and numbers a thread as were fastest on an H200. way: "forward", "sum" (forward,
-    with a residual sum before it) or "backward". Up to 256 pixels, and 1 024 with a sum, the whole
-    is held in registers if it pays; else it is read twice."""
+    with a residual sum before it) or "backward". At most 128, 1 024 and 256 pixels are held in
+    registers if they are all; else they are read twice."""
     S = triton.next_power_of_2(max(64 // itemsize, group))
     whole, large = triton.next_power_of_2(pixels), pixels > 256
     at_once, numbers = {

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from study import networks
+from study import losses, networks
 from study.capture import Captured, compiled, gradient, in_rows
 from study.data import Batch, Draws, load
 from study.factors import Analytic, Budget, Denoising, Ema, Factors, Heun, Sigma, UniformGrid
@@ -139,3 +141,48 @@ def test_a_captured_step_is_the_plain_step(case: str) -> None:
                 torch.testing.assert_close(w.grad, v.grad, rtol=1e-4, atol=1e-6)
                 w -= 0.01 * v.grad  # the graph reads weights where they lie
                 v -= 0.01 * v.grad
+
+
+# --- the target's pass beside the student's ---
+
+
+def test_the_targets_are_aside_and_the_student_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    @contextmanager
+    def noted(name: str) -> Iterator[None]:
+        said.append(f"{name} begins")
+        yield
+        said.append(f"{name} ends")
+
+    @contextmanager
+    def beside(_: Tensor) -> Iterator[object]:
+        with noted("block"):
+            yield noted("aside")
+
+    def told(name: str, function: Callable) -> Callable:
+        return lambda *a, **k: said.append(name) or function(*a, **k)
+
+    monkeypatch.setattr(losses, "beside", beside)
+    monkeypatch.setattr(losses, "distance", told("distance", losses.distance))
+    one = problem("ct")
+    one.net.register_forward_pre_hook(lambda *_: said.append("pass"))
+    one.loss(batch(0), 10)
+    assert said == ["block begins", "aside begins", "pass", "aside ends", "pass", "block ends",
+                    "distance"]  # fmt: skip
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="streams are a GPU's")
+def test_a_late_target_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, given = problem("ct", CUDA), batch(0, device=CUDA)
+    expected = one.loss(given, 10)
+    made = Problem.targets
+
+    def late(*arguments: object) -> list[Tensor]:
+        torch.cuda._sleep(200_000_000)  # a tenth of a second
+        return [t + 1 for t in made(*arguments)]
+
+    monkeypatch.setattr(Problem, "targets", late)
+    found = one.loss(given, 10)
+    monkeypatch.setattr(losses, "beside", lambda _: nullcontext(nullcontext()))
+    assert torch.equal(found, one.loss(given, 10)) and not torch.equal(found, expected)

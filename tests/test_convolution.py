@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from study import convolution
+from study.student import counted
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -89,6 +90,22 @@ def test_compiles_as_one_graph_with_the_same_bits(
     whole = torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
     found, expected = (derived(f, h, net) for f in (whole, function))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_it_counts_as_the_convolution_that_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolution, "PIECE", 2)
+    net, h, found = layer(6, 4), images(5, 6), []
+    for function in (lambda h: convolution.convolved(h, net), lambda h: net(h)):
+        with counted() as flops:
+            derived(function, h, net)
+        found.append(flops())
+    assert found[0] == found[1] == 3 * 2 * 5 * 20 * 6 * 4 * 9
+
+
+def test_only_convolutions_that_keep_the_size_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolution, "PIECE", 2)
+    strided = nn.Conv2d(6, 4, 3, stride=2, padding=1).to(DEVICE)
+    assert convolution.convolved(images(3, 6), strided).shape == (3, 4, 3, 2)
 
 
 def test_the_operator_keeps_torchs_contract() -> None:

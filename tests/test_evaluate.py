@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
+from distances import fid
 from scipy import stats
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
@@ -24,7 +25,6 @@ from study.evaluate import (
     KID,
     class_histogram,
     coverage,
-    fid,
     heun,
     kid,
     memorisation,

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from distances import fid
 from scipy.ndimage import gaussian_filter
 from sklearn.datasets import load_digits
 
@@ -24,15 +25,6 @@ def as_uint8(images: np.ndarray) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def extractor() -> Extractor:
     return load("digits-cnn")
-
-
-def fid(first: torch.Tensor, second: torch.Tensor) -> float:
-    from torch_fidelity import metric_fid
-
-    statistics = [metric_fid.fid_features_to_statistics(f) for f in (first, second)]
-    return metric_fid.fid_statistics_to_metric(*statistics, verbose=False)[
-        "frechet_inception_distance"
-    ]
 
 
 def test_split_is_a_stratified_partition_of_all_digits() -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from distances import fid
 from PIL import Image
 from torch.nn import functional
 
 from study.cifar10 import DEFAULT_ROOT
 from study.data import to_float, to_uint8
-from study.evaluate import fid
 from study.extractors import cifar10, train
 from study.extractors.load import EXTRACTORS, FOLDER, Extractor, load
 

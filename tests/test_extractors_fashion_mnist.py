@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from distances import fid
 from torch.nn import functional
 
 from study import data
 from study.data import to_float, to_uint8
 from study.errors import StudyError
-from study.evaluate import fid
 from study.extractors import fashion_mnist, train
 from study.extractors.load import EXTRACTORS, FOLDER, Extractor, load
 from study.fashion_mnist import DEBIAN, FILES

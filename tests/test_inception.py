@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
+from distances import fid
 from PIL import Image
 from studies import TWO_MODES, read, write
 from threadpoolctl import threadpool_limits
@@ -124,7 +125,7 @@ def test_distances_are_torch_fidelitys(weights: Path, net: Inception) -> None:
         )  # fmt: skip
     found = [evaluate.features(x, net) for x in (a, b)]
     assert found[0].shape == (n, 2048) and found[0].dtype == torch.float32
-    assert evaluate.fid(*found) == pytest.approx(whole[evaluate.FID], rel=1e-6)
+    assert fid(*found) == pytest.approx(whole[evaluate.FID], rel=1e-6)
     assert evaluate.kid(*found) == pytest.approx(whole[evaluate.KID], rel=1e-6)
     near = evaluate.coverage(*found, 3)
     assert (near["precision"], near["recall"]) == (whole["precision"], whole["recall"])
