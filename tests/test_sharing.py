@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -63,7 +64,7 @@ class Machine:
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    if (sharing.USUAL / "control").exists():
+    if not sharing.refusal(sharing.USUAL):
         pytest.skip("a daemon is in use here")
     return Machine(tmp_path, monkeypatch)
 
@@ -114,21 +115,80 @@ def test_nothing_is_started_where_nothing_is_shared(machine: Machine, devices: l
     assert not machine.calls() and not said
 
 
+def listening(folder: Path) -> socket.socket:
+    """Another's daemon, as far as a program that knocks can tell; its socket is of this kind."""
+    folder.mkdir(exist_ok=True)
+    daemon = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    daemon.bind(str(folder / "control"))
+    daemon.listen(0)
+    return daemon
+
+
 def test_a_daemon_in_use_is_left_to_its_owner(
-    machine: Machine, monkeypatch: pytest.MonkeyPatch
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     said = []
-    sharing.USUAL.mkdir()
-    os.mkfifo(sharing.USUAL / "control")
-    with sharing.sharing(["cuda:0"] * 2, said.append):
-        assert PIPES not in os.environ
-    (sharing.USUAL / "control").unlink()
-    monkeypatch.setenv(PIPES, "theirs")
-    with sharing.sharing(["cuda:0"] * 2, said.append):
-        assert os.environ[PIPES] == "theirs"
-    assert os.environ[PIPES] == "theirs" and not machine.calls() and not said
+    with listening(sharing.USUAL):
+        for _ in range(3):  # a line of one place: the later ones find it full
+            with sharing.sharing(["cuda:0"] * 2, said.append):
+                assert PIPES not in os.environ
+    theirs = str(tmp_path / "theirs")
+    monkeypatch.setenv(PIPES, theirs)
+    with listening(Path(theirs)), sharing.sharing(["cuda:0"] * 2, said.append):
+        assert os.environ[PIPES] == theirs
+    assert os.environ[PIPES] == theirs and not machine.calls() and not said
 
 
+def test_what_a_killed_daemon_left_is_not_taken_for_one(machine: Machine) -> None:
+    said = []
+    for leave in (lambda at: listening(at.parent).close(), os.mkfifo, Path.touch):
+        sharing.USUAL.mkdir(exist_ok=True)
+        leave(sharing.USUAL / "control")
+        with sharing.sharing(["cuda:0"] * 2, said.append):
+            assert machine.calls()[-1][:2] == ["-d", os.environ[PIPES]]
+        (sharing.USUAL / "control").unlink()
+    assert machine.told() == ["-d", "quit"] * 3 and not said
+
+
+def test_an_address_of_nobody_is_told_of_and_kept(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    listening(tmp_path / "stale").close()
+    said = []
+    for name, why in (("stale", "Connection refused"), ("nowhere", "No such file or directory"),
+                      ("long" * 40, "AF_UNIX path too long")):  # fmt: skip
+        monkeypatch.setenv(PIPES, str(tmp_path / name))
+        with sharing.sharing(["cuda:0"] * 2, said.append):
+            assert os.environ[PIPES] == str(tmp_path / name)
+        assert said.pop() == (f"2 runs take turns on a GPU: no daemon to use at {PIPES}="
+                              f"{tmp_path / name}: {why}")  # fmt: skip
+    assert not machine.calls() and not said
+
+
+def test_a_closed_folder_of_another_user_is_no_daemon(tmp_path: Path) -> None:
+    """In a process of its own, which stops being root, as no folder is closed to that."""
+    (tmp_path / "closed").mkdir(0)
+    body = """
+import os, sys
+from pathlib import Path
+from study import sharing
+sharing.USUAL = Path(sys.argv[1])
+if os.geteuid() == 0:
+    os.setuid(65534)
+for variable in {}, {sharing.PIPES: sys.argv[1]}:
+    os.environ.update(variable)
+    with sharing.sharing(["cuda:0"] * 2, print):
+        print("inside")
+"""
+    seen = {k: v for k, v in os.environ.items() if k not in (PIPES, "PATH")} | {"PATH": "/nowhere"}
+    words = [sys.executable, "-c", body, str(tmp_path / "closed")]
+    done = subprocess.run(words, cwd=ROOT, env=seen, text=True, capture_output=True, check=False)
+    lines = done.stdout.splitlines()
+    assert not done.stderr and lines[1::2] == ["inside"] * 2
+    assert f"a GPU: no {CONTROL} on PATH" in lines[0] and lines[2].endswith(": Permission denied")
+
+
+@pytest.mark.filterwarnings("ignore:Exception ignored in.*Popen:Warning")
 def test_a_daemon_that_fails_or_hangs_is_told_of_in_one_line(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,7 +199,7 @@ def test_a_daemon_that_fails_or_hangs_is_told_of_in_one_line(
         machine.is_a(more)
         with sharing.sharing(["cuda:0"] * 3, said.append):
             assert PIPES not in os.environ
-        assert machine.told() == left  # one that comes up late is not left behind
+        wait_for(lambda left=left: machine.told() == left)  # one that is late isn't left behind
         machine.log.unlink()
     machine.file.unlink()
     with sharing.sharing(["cuda:0"] * 3, said.append):
@@ -203,6 +263,56 @@ def test_ctrl_c_is_the_launchers(machine: Machine) -> None:
     assert machine.told() == ["-d", "quit"]
 
 
+SLOW_DRIVER = "#include <unistd.h>\nint cuInit(unsigned flags) { return sleep(50); }"
+
+
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("hangs", ["daemon", "server"])
+def test_ctrl_c_is_not_kept_waiting_by_a_start_that_hangs(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, hangs: str, raises: bool
+) -> None:
+    """Neither where it is only taken note of, as by the launcher, nor where it is an exception."""
+    if hangs == "daemon":
+        machine.is_a("[ $# = 0 ] || sleep 6")
+    elif not shutil.which("cc"):
+        pytest.skip("the driver that hangs has to be compiled")
+    else:
+        library = machine.file.parent / "libcuda.so.1"
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), "-x", "c", "-"], text=True,
+                       input=SLOW_DRIVER, check=True)  # fmt: skip
+        monkeypatch.setenv("LD_LIBRARY_PATH", str(library.parent))
+    handler = "import signal; signal.signal(2, lambda *_: print('noted', flush=True))\n"
+    words = [sys.executable, "-c", ("" if raises else handler) + BODY, "0"]
+    with subprocess.Popen(words, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:  # fmt: skip
+        wait_for(machine.told)
+        time.sleep(1)
+        start = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=30)
+        assert time.monotonic() - start < 3
+    what = f"{CONTROL} -d did not return" if hangs == "daemon" else "the MPS server did not start"
+    assert out.splitlines() == ([] if raises else [
+        "noted", f"2 runs take turns on a GPU: {what} before a signal came", "inside None",
+        "after None"])  # fmt: skip
+    assert ("KeyboardInterrupt" in error) == raises
+    wait_for(lambda: machine.told() == ["-d", "quit"])
+
+
+def test_a_second_ctrl_c_ends_the_wait_for_the_daemons_end(machine: Machine) -> None:
+    machine.is_a("[ $# = 1 ] || sleep 6")
+    handler = "import signal; signal.signal(2, lambda *_: print('noted', flush=True))\n"
+    with subprocess.Popen([sys.executable, "-c", handler + BODY, "0"], cwd=ROOT, text=True,
+                          stdout=subprocess.PIPE) as process:  # fmt: skip
+        folder = Path(process.stdout.readline().split()[1])
+        wait_for(lambda: machine.told() == ["-d", "quit"])
+        start = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.read() == "noted\nafter None\n"
+        assert time.monotonic() - start < 3 and folder.exists()
+    wait_for(lambda: not folder.exists())  # also without the launcher
+
+
 @pytest.mark.filterwarnings("ignore:Exception ignored in.*Popen:Warning")
 def test_a_quit_that_waits_for_clients_holds_nobody_up(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
@@ -232,11 +342,14 @@ def inherited(pids: Path = Path("/proc")) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize(("workers", "killed"), [(2, False), (2, True), (1, False)])
+@pytest.mark.parametrize(("workers", "number"), [(2, 0), (2, signal.SIGKILL),
+                                                 (2, signal.SIGTERM), (1, 0)])  # fmt: skip
 def test_the_launchers_workers_are_clients(
-    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, killed: bool
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, number: int
 ) -> None:
     """Where there is no GPU the runs fail, each in a process of its own, and say so."""
+    if number == signal.SIGTERM:  # a daemon that takes its time, which the launcher waits for
+        machine.is_a("[ $# = 1 ] || sleep 1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     words = [sys.executable, "-m", "study.run", str(write(tmp_path)), "--device", "cuda",
              "--results", str(tmp_path / "results"), "--workers", str(workers)]  # fmt: skip
@@ -244,9 +357,12 @@ def test_the_launchers_workers_are_clients(
                           stderr=subprocess.STDOUT) as process:  # fmt: skip
         wait_for(lambda: str(process.pid) in inherited())
         assert [inherited()[str(process.pid)]] == ([c[1] for c in machine.calls()] or [""])
-        if killed:
-            process.kill()
-        else:
+        if number:
+            process.send_signal(number)
+        if number != signal.SIGKILL:
             out, _ = process.communicate(timeout=240)
             assert "6 runs to work on" in out and "take turns" not in out
+            if workers > 1:
+                assert machine.told() == ["-d", "quit"]
+                assert not Path(machine.calls()[0][1]).exists()
     wait_for(lambda: machine.told() == (["-d", "quit"] if workers > 1 else []))
