@@ -119,11 +119,12 @@ class Launcher:
         """One process per run, as many at once as there are slots."""
         told = False
         # A terminal sends Ctrl-C to every process; only the launcher listens, and passes it on.
+        # The fork server is deaf: without it the launcher could not wait for the workers.
         resource_tracker.ensure_running()  # first: it unblocks the signal itself
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         multiprocessing.set_forkserver_preload(["study.worker"])
         forkserver.ensure_running()  # it and its children inherit the mask
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         try:
             while self.active or (self.waiting and not self.stopping):
                 self.stopping |= deadline is not None and time.monotonic() > deadline

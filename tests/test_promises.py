@@ -247,10 +247,12 @@ def test_ctrl_c_at_the_start_ends_cleanly_and_the_same_command_goes_on(tmp_path:
     path = write(tmp_path, replaced("images: 1280", "images: 64000"))
     words = [sys.executable, "-m", "study.run", str(path), "--results", str(tmp_path / "results"),
              "--workers", "2", "--only", "ct-*"]  # fmt: skip
+    sign = tmp_path / "results" / "small" / "study.json"
     for delay in (0.0, 0.3):  # a terminal's Ctrl-C reaches children that are just being born
+        sign.unlink(missing_ok=True)
         process = subprocess.Popen(words, cwd=ROOT, text=True, start_new_session=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
-        wait_for(lambda: (tmp_path / "results" / "small" / "study.json").exists())
+        wait_for(sign.exists)
         time.sleep(delay)
         os.killpg(process.pid, signal.SIGINT)
         out, _ = process.communicate(timeout=60)
@@ -271,6 +273,28 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     assert process.returncode == 3, out
     state = torch.load(folder.file("state.pt"), weights_only=True)
     assert 0 < state["spend"]["images"] < 640000
+    assert read_lines(folder.file("attempts.jsonl"))[-1]["reason"] == "stopped"
+
+
+def test_sigterm_to_all_processes_leaves_the_launcher_waiting_for_its_workers(
+    tmp_path: Path,
+) -> None:
+    path = write(tmp_path, replaced("images: 1280", "images: 640000"))
+    words = [sys.executable, "-m", "study.run", str(path), "--results", str(tmp_path / "results"),
+             "--workers", "2", "--only", "ct-*"]  # fmt: skip
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                               start_new_session=True)  # fmt: skip
+    folder = Folder(next_folder(tmp_path / "results" / "small" / "runs"))
+    wait_for(lambda: folder.progress() is not None)
+    worker = read_lines(folder.file("attempts.jsonl"))[-1]["pid"]
+    os.kill(worker, signal.SIGSTOP)  # a worker that takes its time to save
+    os.killpg(process.pid, signal.SIGTERM)  # as `timeout` and schedulers send it
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(3)
+    os.kill(worker, signal.SIGCONT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 3, out
+    assert folder.file("state.pt").exists()
     assert read_lines(folder.file("attempts.jsonl"))[-1]["reason"] == "stopped"
 
 
