@@ -69,10 +69,11 @@ def parameters(given: Iterable[str], device: str, name: str) -> dict[str, Any]:
 
 def remarks(values: Mapping[str, Any]) -> list[str]:
     """What parameters mean to Slurm that a user may not have meant."""
-    more = {**(values.get("additional_parameters") or {}), **values}
-    return [f"{key}={value} asks for all memory of a node: one job at a time runs on each"
-            for key, value in more.items()
-            if key.replace("-", "_") in MEMORY[:2] and not str(value).upper().strip("0KMGTB")]  # fmt: skip
+    given = {**(values.get("additional_parameters") or {}), **values}
+    none = [k for k, v in given.items() if k.replace("-", "_") in ("mem", "mem_per_cpu")
+            and not str(v).upper().strip("0KMGTB")]  # fmt: skip
+    return [f"{key}={given[key]} asks for all memory of a node: one job at a time runs on each"
+            for key in none]  # fmt: skip
 
 
 def _gpus(values: Mapping[str, Any]) -> dict[str, str]:

@@ -146,7 +146,7 @@ def test_plan_shows_what_would_be_submitted_and_needs_no_slurm(
         (["--slurm", "cpus_per_task=0"], "cpus_per_task=0: at least 1"),
         (["--slurm", "array_parallelism=0"], "array_parallelism=0: at least 1"),
         (["--slurm", "additional_parameters={cpus-per-task: 0}"], "cpus-per-task=0: at least 1"),
-        (["--slurm", "gpus_per_node=2"], "gpus_per_node=2: with --device cpu its jobs would leave"),
+        (["--slurm", "gpus_per_node=2"], "gpus_per_node=2: with --device cpu its jobs"),
         (["--slurm", "gres=lustre:1,gpu:a100:1"], "gres=gpu:a100:1: with --device cpu its jobs"),
         (["--slurm", "additional_parameters={gpus: 1}"], "gpus=1: with --device cpu its jobs"),
         (["--workers", "2"], "one run at a time"),
@@ -744,7 +744,7 @@ WAITED = "RuntimeError: Waited for 60 seconds but could not find submitted jobs 
     ("log", "said"),
     [
         (f"slurmstepd: error: *** JOB 27 ON node1 CANCELLED ***\n{LEFT}\n{CLOSING}", LEFT),
-        (f"Traceback:\n  x\n{WAITED}\n/jobs-x/41_submitted.pkl\nsrun: Terminating StepId=41.0\n",
+        (f"Traceback:\n  x\n{WAITED}\n/jobs-x/41_submitted.pkl\nsrun: Terminating Step\n",
          f"{WAITED} /jobs-x/41_submitted.pkl"),
         ('  File "a.py", line 3, in f\n    x: list = [i for i in y:\nSyntaxError: invalid\n',
          "SyntaxError: invalid"),
@@ -1015,6 +1015,8 @@ def test_a_storm_changes_no_bit(real: Path, tmp_path: Path) -> None:
     assert reasons[:2] == [None, "stopped"] and reasons[-1] == "done" and None not in reasons[1::2]
     assert [r.get("reason") for r in cancelled.rows()] == [None, "stopped"]
     assert [r["event"] for r in killed.rows()] == ["start"]
+    assert "CANCELLED" in cancelled.log()
+    assert ending(Queue(store.path).logs[cancelled.job]).startswith("left: edm-s1: the job is ")
     left = {store.study.unique[i].folder.rpartition("-")[0]: s
             for i, s in store.states().items() if s != "done"}  # fmt: skip
     assert left == {"ct-small-s0": "interrupted", "edm-s1": "interrupted",
@@ -1109,6 +1111,30 @@ def test_failures_are_slurms_too_and_a_retry_waits_in_the_queue(
     until(empty)
     assert main([*only, "--status"]) == 0
     assert [r["job"] for r in read_lines(bad.file("attempts.jsonl"))] == [first, second, second]
+
+
+def test_a_job_that_lost_what_it_needs_while_it_waited_failed(
+    real: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path)
+    folder, status = tmp_path / "results/small" / FOLDER, [str(path), "--status", "--results"]
+    held = ["--slurm", "additional_parameters={hold: true}"]
+    for name, said, all_memory in (("", "log: gone, as all of ", "mem=0"),
+                                   ("study/sealed.py", "it ends: error: ", "mem_per_cpu=0")):
+        assert main(command(path, "--only", "ct-*-s0", *held, "--slurm", all_memory)) == 3
+        record = next(p for p in folder.glob("*.json"))
+        number, told = record.stem.rpartition("-")[2], read_json(record)
+        place = folder / told["folder"]
+        (folder / told["home"] / name).write_text("") if name else shutil.rmtree(place)
+        subprocess.run(["scontrol", "release", number], check=True)
+        until(empty)
+        job = slurm.asked("scontrol", "show", "job", number)
+        assert "JobState=FAILED" in job and ("ExitCode=1:0" in job or not name), job
+        assert "mem=4000M" in job, job  # the node's
+        capsys.readouterr()
+        assert main([*status, str(tmp_path / "results")]) == 3
+        assert said in capsys.readouterr().out
+        record.unlink()
 
 
 def test_what_slurm_took_and_nothing_records_is_taken_back(
