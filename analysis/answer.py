@@ -10,7 +10,8 @@ from analysis import stats, tables
 from analysis.identities import standing
 from analysis.load import Study
 from analysis.recipes import computed
-from analysis.words import ONE_NETWORK, interval, p_text, percent_text, several, signed
+from analysis.words import ONE_NETWORK, interval, p_text, percent_text, signed
+from study.errors import several
 
 BULLETS = 8  # more in a cell stand in the table alone
 

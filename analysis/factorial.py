@@ -26,6 +26,7 @@ from analysis.document import Block, Section, Table
 from analysis.identities import apart, standing
 from analysis.load import Study
 from analysis.recipes import computed, differing, endless
+from study.errors import several
 
 WEIGHTS = {"mean": (-0.5, -0.5, 0.5, 0.5), "noise": (-0.5, 0.5, -0.5, 0.5),
            "interaction": (1.0, -1.0, -1.0, 1.0)}  # of the corners in the order of Corners
@@ -143,7 +144,7 @@ def sentences(study: Study, frame: pd.DataFrame) -> list[str]:
                 if row.n >= stats.INTERVAL_FROM else "")
         null = "; the interval includes no difference (0)" if row.low <= 0 <= row.high else ""
         told.append(f"{where}{changes[row.contrast]} "
-                    f"({span}{words.several(row.n, 'seed')}){null}.")
+                    f"({span}{several(row.n, 'seed')}){null}.")
     return told
 
 

@@ -6,6 +6,7 @@ identities (see analysis.records): each stands in a row of its own, and says wha
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 import pandas as pd
@@ -14,19 +15,27 @@ PATHS = {"teacher": "the teacher's", "second_teacher": "the second teacher's",
          "population": "the population's", "empirical": "the training set's"}
 
 
+def settings(what: str) -> dict[str, str]:
+    """An identity's settings as text, by key. Lists hold commas too, which no key follows."""
+    inner = what[what.index("[") + 1:-1]
+    return dict(part.split("=", 1) for part in re.split(r", (?=\w+=)", inner) if part)
+
+
 def apart(whats: Iterable[str]) -> dict[str, str]:
-    """What tells each of these identities from the others, e.g. "data 0a1b2c3d"; "" of one that
-    is alone."""
-    parts = {w: w[w.index("[") + 1:-1].split(", ") for w in dict.fromkeys(whats) if w}
-    common = set.intersection(*map(set, parts.values())) if parts else set()
-    return {w: ", ".join(_told(p) for p in own if p not in common) for w, own in parts.items()}
+    """What tells each of these identities from the others, e.g. "data 0a1b2c3d", or "no mid" of
+    one that lacks a setting; "" of one that is alone."""
+    own = {w: settings(w) for w in dict.fromkeys(whats) if w}
+    keys = [k for k in dict.fromkeys(k for s in own.values() for k in s)
+            if len({s.get(k) for s in own.values()}) > 1]
+    return {w: ", ".join(_told(k, s.get(k)) for k in keys) for w, s in own.items()}
 
 
-def _told(part: str) -> str:
-    key, _, value = part.partition("=")
+def _told(key: str, value: str | None) -> str:
+    if value is None:
+        return f"no {key}"
     if key == "data_digest":
         return f"data {value[:8]}"
-    return f"{PATHS[value]} path" if key == "along" and value in PATHS else part
+    return f"{PATHS[value]} path" if key == "along" and value in PATHS else f"{key}={value}"
 
 
 def listed(what: str, values: Iterable[object]) -> str:

@@ -16,7 +16,7 @@ import pandas as pd
 from analysis import shared
 from analysis.identities import listed
 from analysis.load import Study
-from analysis.words import several
+from study.errors import several
 
 # column, its name in a sentence, the factors that must be alike for it to have to be equal
 CHECKS = (("images_total", "own + charged images", ()), ("data_digest", "the data", ()),

@@ -42,6 +42,7 @@ RUN_COLUMNS = ("name", "role", "cell", "seed", "id", "folder", "same_as", "state
                "parameters", "sigma_data", "data_digest", "init_digest", "stream_digest")
 ATTEMPT_COLUMNS = ("id", "code", "commit", "dirty", "device", "torch", "python", "host")
 NO_SNAPSHOT = "no snapshot: not measured"
+UNTOLD = "no trained.json that can be read tells what it is of"
 MISSING_COLUMNS = ("name", "cell", "seed", "id", "file", "why")
 
 
@@ -259,12 +260,15 @@ def _read_run(folder: Path, entry: dict[str, Any], problems: list[str]) -> _Run:
     reason = next((str(e.get("reason", "")) for e in reversed(events)
                    if e.get("event") in ("start", "end")), "")
     points = {round(number(s.get("at")), 3) for s in trained.get("snapshots", [])}
-    present = _names(root / "measures")
+    folder = root / "measures"
+    there = {*os.listdir(folder)} & {*entry["measures"]} if folder.is_dir() else set()
+    if there and not (root / "trained.json").exists():  # it vouches for weights, data and bill
+        problems.append(f"{relative}/trained.json: not there; its measurements are not used")
     diverged = trained.get("outcome") == "diverged"
     records, missing, undone = {}, {}, False
     for file in entry["measures"]:
         record = None
-        if file in present:
+        if trained and file in there:
             record = read(f"measures/{file}", Record)
             if record is not None and foreign(trained, file, record):
                 problems.append(f"{relative}/measures/{file}: of other weights than the run's; "
@@ -272,10 +276,10 @@ def _read_run(folder: Path, entry: dict[str, Any], problems: list[str]) -> _Run:
                 record = None
         if record is not None:
             records[f"{relative}/measures/{file}"] = record
-        elif file in present:
+        elif trained and file in there:
             missing[file], undone = "cannot be read", True
         elif not trained or diverged:
-            missing[file] = "diverged" if diverged else "not trained"
+            missing[file] = "diverged" if diverged else UNTOLD if file in there else "not trained"
         elif number(_float(file.split("-")[0])) in points:
             missing[file], undone = "not measured yet", True
         else:
@@ -306,10 +310,6 @@ def _closure(start: str, below: dict[str, set[str]]) -> set[str]:
             seen.add(current)
             todo += below.get(current, ())
     return seen
-
-
-def _names(folder: Path) -> set[str]:
-    return set(os.listdir(folder)) if folder.is_dir() else set()
 
 
 def _float(text: str) -> float:

@@ -26,7 +26,7 @@ from analysis.recipes import computed
 from analysis.shared import owed
 from analysis.style import capital
 from study.bounded import check_entries
-from study.errors import StudyError
+from study.errors import StudyError, several
 
 OPTIONAL = ("map_error", "instruments", "mean_and_noise")  # files only where there are data
 LISTED = 20  # entries of a list before it says "and N more"
@@ -126,7 +126,7 @@ def _completeness(study: Study) -> list[Block]:
               "diverged", "measurements missing", "same runs as")
     keep = [k for k in range(len(header)) if k < 5 or any(row[k] not in ("0", "") for row in rows)]
     blocks: list[Block] = [
-        Text(f"{words.several(len(runs), 'run')} planned: {detail}. Unfinished means running or "
+        Text(f"{several(len(runs), 'run')} planned: {detail}. Unfinished means running or "
              "interrupted."),
         Table(tuple(header[k] for k in keep), tuple(tuple(row[k] for k in keep) for row in rows),
               "Names that mean the same run share its folder and are counted once."
@@ -191,7 +191,7 @@ def _comparisons(study: Study, table: pd.DataFrame, mismatches: list[ledger.Mism
     rest = int((table.role == "descriptive").sum())
     if rest:
         blocks.append(Text("Described in comparisons.csv and not tested: "
-                           f"{words.several(rest, 'more comparison')}, "
+                           f"{several(rest, 'more comparison')}, "
                            "at other points, numbers of evaluations and metrics."))
     return blocks
 
@@ -247,29 +247,29 @@ def _audit(study: Study, mismatches: list[ledger.Mismatch]) -> list[Block]:
                      "initial weights are equal where they should be, all seeds of a cell "
                      "stand on the same data, and all runs share code, device, torch and "
                      "Python."), table]
-    return [Text(f"{words.several(len(mismatches), 'mismatch')}:"),
+    return [Text(f"{several(len(mismatches), 'mismatch')}:"),
             Items(tuple(m.sentence for m in mismatches)),
             table]
 
 
 def _provenance(study: Study) -> list[Block]:
     lines = [f"{label}: " + (", ".join(
-        f"{value} ({words.several(n, 'run')})" for value, n in
+        f"{value} ({several(n, 'run')})" for value, n in
         ledger.environment(study.attempts, column).items()) or "no attempt recorded")
              for column, label in ledger.ENVIRONMENT]
-    lines += [f"first weights: {name}, SHA-256 {digest[:16]} ({words.several(len(runs), 'run')})"
+    lines += [f"first weights: {name}, SHA-256 {digest[:16]} ({several(len(runs), 'run')})"
               for name, digests in study.files.items() for digest, runs in digests.items()]
     blocks: list[Block] = [Items(tuple(lines)),
                            *sections.identities(study)]
     if len(study.missing):
         blocks += [Text("Not there of what is asked for: "
-                        f"{words.several(len(study.missing), 'measurement')}:"),
+                        f"{several(len(study.missing), 'measurement')}:"),
                    Items(_some(f"{m.name}, {m.cell}, seed {m.seed}: {m.file}: {m.why}"
                                for m in study.missing.itertuples()))]
     else:
         blocks.append(Text("Every measurement asked for is there."))
     if study.problems:
-        blocks += [Text(f"{words.several(len(study.problems), 'file')} could not be read:"),
+        blocks += [Text(f"{several(len(study.problems), 'file')} could not be read:"),
                    Items(_some(study.problems))]
     return blocks
 

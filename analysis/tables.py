@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from analysis import shared, stats
 from analysis.files import REPORTED
-from analysis.identities import PATHS, apart
+from analysis.identities import PATHS, apart, settings
 from analysis.load import Study
 from analysis.recipes import SPLIT, along, computed, counterparts, differing
 from analysis.records import number
@@ -83,7 +83,7 @@ def headings(columns: list[tuple[str, str]]) -> list[str]:
     their identities apart."""
     short = []
     for metric, what in columns:
-        keys = dict(p.split("=", 1) for p in what[what.index("[") + 1:-1].split(", ") if "=" in p)
+        keys = settings(what)
         path = PATHS.get(keys.get("along", ""), "")
         parts = (METRICS.get(metric, metric), f"{path} path" * bool(path),
                  f"{keys['nfe']} NFE" if "nfe" in keys else "",

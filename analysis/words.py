@@ -161,11 +161,6 @@ def seconds(value: float) -> str:
     return f"{rounded:,.0f} s" if abs(rounded) >= 1000 else f"{rounded:g} s"
 
 
-def several(n: float, what: str) -> str:
-    """A number of things: "1 seed", "2 seeds", "2 mismatches"."""
-    return f"{n:,.0f} {what}" + ("" if n == 1 else "es" if what.endswith("ch") else "s")
-
-
 def seen(study: Study, rows: pd.DataFrame) -> str:
     """What a caption owes its reader of measured values that stand on the held-out images of a
     folder, directly or in their floor, by an extractor of such data; "" where none do."""

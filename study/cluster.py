@@ -28,13 +28,22 @@ from typing import Any
 from rich.console import Console
 
 from study import sealed
-from study.errors import StudyError
+from study.errors import StudyError, several
 from study.forecast import Speeds, kind_of
 from study.jobs import Job
 from study.parameters import remarks
 from study.pinned import GIVEN, OWN, code, pin
-from study.progress import label, several
-from study.queued import FOLDER, Queue, config, limit, plain, set_for_sbatch, withdraw
+from study.progress import label
+from study.queued import (
+    FOLDER,
+    SILENT,
+    Queue,
+    config,
+    limit,
+    plain,
+    set_for_sbatch,
+    withdraw,
+)
 from study.spec import Run
 from study.store import Store, now, write_json
 
@@ -122,7 +131,7 @@ def submit(
             f"{', '.join(left_out)} of the environment left out: --slurm alone says what jobs ask "
             "for", highlight=False, markup=False, soft_wrap=True)  # fmt: skip
     if not queue.known:
-        console.print("squeue does not answer: what is queued already may be submitted again, and "
+        console.print(f"{SILENT}: what is queued already may be submitted again, and "
                       "will leave as soon as it starts", highlight=False)  # fmt: skip
     for line in queue.others if options.plan else ():  # else the summary says so
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,4 +1,5 @@
-"""Errors that a user can mend."""
+"""Errors that a user can mend, and the wording that these and other lines share: codes that would
+command a terminal written out, the nearest allowed name, numbers of things."""
 
 from __future__ import annotations
 
@@ -24,3 +25,8 @@ def nearest(given: object, allowed: Iterable[object]) -> str:
     names = sorted(str(a) for a in allowed)
     close = difflib.get_close_matches(str(given), names, n=1)
     return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(names) or 'nothing'}"
+
+
+def several(n: float, what: str) -> str:
+    """A number of things: "1 seed", "2 seeds", "2 mismatches"."""
+    return f"{n:,.0f} {what}" + ("" if n == 1 else "es" if what.endswith("ch") else "s")

@@ -54,9 +54,9 @@ def foreign(
     trained: Mapping[str, Any], file: str, measurement: Mapping[str, Any]
 ) -> bool:
     """Whether a measurement, in a file PROGRESS-..., is of other weights than those that
-    trained.json tells of; one that does not say is not."""
+    trained.json tells of; one that does not say is not, and without trained.json none is."""
     known = trained.get("sha256", {}).get(f"snapshots/{file.split('-')[0]}.pt")
-    return measurement.get("snapshot") not in (None, known)
+    return bool(trained) and measurement.get("snapshot") not in (None, known)
 
 
 def check_whole(trained: Mapping[Path, Mapping[str, Any] | None]) -> None:

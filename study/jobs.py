@@ -16,10 +16,10 @@ from typing import Any
 
 from rich.console import Console
 
-from study.errors import StudyError
+from study.errors import StudyError, several
 from study.launch import Launcher, devices
 from study.pinned import code
-from study.progress import Display, label, several
+from study.progress import Display, label
 from study.queued import asked, own_job
 from study.resolve import load
 from study.spec import Run

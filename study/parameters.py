@@ -1,4 +1,11 @@
-"""What --slurm KEY=VALUE asks for, as submitit's parameters; what could not work is refused."""
+"""What --slurm KEY=VALUE asks for, as submitit's parameters; what could not work is refused.
+
+Each key is one of submitit's, of the type that submitit gives it; its additional_parameters go to
+sbatch as they are. Refused is what would be taken for something else (memory without a unit, a
+time limit so short that a preemption counts as one), what --on slurm itself stands on (one process
+a job, its place, logs, signal and requeueing), and jobs without a GPU for runs that need one, or
+with one that they would leave idle.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +22,7 @@ TIME, SHORTEST = 240, 15  # minutes: a job's limit; submitit takes a preempted j
 # or so for timed out
 OURS = ("dependency", "nodes", "ntasks_per_node", "use_srun")  # one process on one node
 KEPT = ("array", "chdir", "clusters", "dependency", "error", "job-name", "nodes", "ntasks",
-        "ntasks-per-node", "open-mode", "output", "signal", "time")  # fmt: skip
+        "no-requeue", "ntasks-per-node", "open-mode", "output", "signal", "time")  # fmt: skip
 MEMORY = ("mem", "mem_per_cpu", "mem_per_gpu")
 GPU_KEYS = ("gpus", "gpus_per_node", "gpus_per_socket", "gpus_per_task", "num_gpus", "gres")
 FROM_1 = ("array_parallelism", "cpus_per_gpu", "cpus_per_task")
@@ -50,9 +57,16 @@ def parameters(given: Iterable[str], device: str, name: str) -> dict[str, Any]:
                          "would take any preemption of a shorter job for a time limit, and after "
                          "some of those it gives a job up")  # fmt: skip
     more = values.get("additional_parameters") or {}
-    if taken := sorted(k for k in more if k.replace("_", "-") in KEPT):
+    if short := sorted(k for k in more if len(k) == 1):
+        raise StudyError(f"--slurm additional_parameters: {short[0]}: sbatch gets --{short[0]}, "
+                         "which is no option; give the option's long name")  # fmt: skip
+    if taken := sorted(k for k in more if any(n.startswith(k.replace("_", "-")) for n in KEPT)):
         raise StudyError(f"--slurm additional_parameters: {taken[0]}: --on slurm stands on a value"
                          " of its own, or has a --slurm key for it")  # fmt: skip
+    if unset := sorted(k for k, v in more.items() if v is False or v is None):
+        raise StudyError(f"--slurm additional_parameters: {unset[0]}: sbatch would get it as "
+                         f"--{unset[0]}={more[unset[0]]}; allowed: a value, or true for an option "
+                         "that has none; --on slurm stands on requeueing")  # fmt: skip
     for key, value in {**more, **values}.items():
         if key.replace("-", "_") in MEMORY and str(value).strip("0").isdecimal():
             raise StudyError(f"--slurm {key}={value}: Slurm would take it for megabytes; name the "

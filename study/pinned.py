@@ -6,7 +6,6 @@ and uncommitted changes are told beside it. A copy carries what was true where i
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -15,11 +14,15 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from study import sealed
 from study.errors import StudyError
 from study.store import read_json, write_json
 
 OWN = Path(__file__).parent
 TOLD, GIVEN = "code.json", "given"  # beside the package in a copy; what was given lies apart
+# An empty file where Python would make a folder for bytecode: whoever looks at the copy with a
+# Python of his own adds nothing to it, root or not, and it can be removed like any folder.
+NO_BYTECODE = "__pycache__"
 
 
 def files(own: Path = OWN) -> list[Path]:
@@ -29,10 +32,7 @@ def files(own: Path = OWN) -> list[Path]:
 
 def digest(own: Path = OWN) -> str:
     """Digest of the package's own files."""
-    sha = hashlib.sha256()
-    for file in files(own):
-        sha.update(file.relative_to(own).as_posix().encode() + file.read_bytes())
-    return sha.hexdigest()[:16]
+    return sealed.digest(own, files(own))[:16]
 
 
 @cache  # the files may change while a launcher lives
@@ -82,6 +82,8 @@ def _copy(folder: Path, others: Sequence[Path]) -> None:
         for file, copy in (copies | {f: made / GIVEN / f.name for f in others}).items():
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
+        for place_of in {copy.parent for copy in copies.values()}:
+            (place_of / NO_BYTECODE).touch()
         write_json(made / TOLD, code())
         try:
             _check(made, others, "changed while it was copied; give the command again")
@@ -94,6 +96,7 @@ def _copy(folder: Path, others: Sequence[Path]) -> None:
 def _check(folder: Path, others: Sequence[Path], why: str) -> None:
     """The folder holds this code, these files and nothing else, else StudyError."""
     expected = {Path("study") / f.relative_to(OWN) for f in files()}
+    expected |= {f.parent / NO_BYTECODE for f in expected}
     expected |= {Path(TOLD), *(Path(GIVEN, f.name) for f in others)}
     there = [p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()]
     same = {p.relative_to(folder) for p in there} == expected

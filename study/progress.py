@@ -33,11 +33,6 @@ def label(run: Run) -> str:
     return run.folder.rpartition("-")[0]
 
 
-def several(n: int, what: str) -> str:
-    """A number of things: "1 run", "2 runs"."""
-    return f"{n:,} {what}{'' if n == 1 else 's'}"
-
-
 class Display:
     """What the launcher shows while it works. Progress is counted in training images."""
 

@@ -18,11 +18,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
-from study.errors import printable
-from study.progress import several
-from study.store import Folder, read_json
+from study.bounded import content, decoded
+from study.errors import StudyError, printable, several
+from study.store import Folder
 
 FOLDER = "slurm"  # in results/STUDY
+SILENT = "squeue does not answer"
 SECONDS = 60  # that a question to Slurm may take
 FEW, NAMED = 6, 3  # jobs of an array that have a line each, runs of a job that are named
 TAIL, LETTERS = 8192, 400  # bytes of a log in which its last line is looked for, letters told
@@ -124,6 +125,17 @@ class Record(TypedDict):
     retry: NotRequired[bool]
 
 
+def _record(path: Path, array: str) -> Record | None:
+    """An array's record; None where it was removed just now. Raises StudyError on a damaged one:
+    nothing makes it again, and what it tells of may still be queued."""
+    data = content(path)
+    try:
+        return None if data is None else decoded(data, Record, str(path))
+    except StudyError as error:
+        raise StudyError(f"{error}; nothing else tells what array {array} is to do: cancel what "
+                         f"`squeue -j {array}` shows of it, then remove the file") from None
+
+
 class Queue:
     """What a study has submitted, by the records it left, and what of it Slurm still holds."""
 
@@ -132,8 +144,9 @@ class Queue:
         self.job: dict[str, str] = {}  # the job that a run was last given to
         self.logs: dict[str, Path] = {}  # by job
         self.retries: set[str] = set()  # jobs that try failed runs again
-        records = [(number, read_json(p, Record)) for p in self.folder.glob("*.json")
-                   if (number := p.stem.rpartition("-")[2]).isdecimal()]  # fmt: skip
+        records = [(number, record) for p in self.folder.glob("*.json")
+                   if (number := p.stem.rpartition("-")[2]).isdecimal()
+                   and (record := _record(p, number))]  # fmt: skip
         names = Counter(r["cluster"] for _, r in records if "cluster" in r)
         here = config().get("ClusterName") if names else None
         others = {n: count for n, count in names.items() if here and n != here}
@@ -151,9 +164,9 @@ class Queue:
         words = "squeue", "--noheader", "--all", "--array", f"--user={os.geteuid()}"
         told = asked(*words, "--format=%i %T") if self.job else ""
         self.known = told is not None
-        self.notes = self.others + ["squeue does not answer: what is queued is not known"] * (
-            not self.known)
-        states = dict(line.split() for line in (told or "").splitlines() if line)
+        self.notes = self.others + [f"{SILENT}: what is queued is not known"] * (not self.known)
+        lines = map(str.split, (told or "").splitlines())
+        states = dict(words for words in lines if len(words) == 2)  # the rest is a site's message
         self.held = {run: states[job] for run, job in self.job.items() if job in states}
 
     def due(self, run: str, folder: Folder, state: str) -> bool:

@@ -18,14 +18,14 @@ from rich.console import Console
 
 from study.cluster import submit
 from study.domains import check_counts, check_extractors
-from study.errors import StudyError, nearest, printable
+from study.errors import StudyError, nearest, printable, several
 from study.extractors.names import is_inception
 from study.forecast import Kind, forecast, kind_of
 from study.halves import check_whole
 from study.launch import Launcher, devices
 from study.parameters import parameters
 from study.places import present, weights_file
-from study.progress import Display, label, several, state_table
+from study.progress import Display, label, state_table
 from study.queued import Queue
 from study.resolve import load
 from study.spec import Run, Study

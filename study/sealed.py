@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -20,10 +20,10 @@ PACKAGE = Path(__file__).parent.name
 AGAIN = "remove what is left of it, and the same command makes another"
 
 
-def digest(folder: Path) -> str:
-    """Digest of everything in a folder: names and bytes."""
+def digest(folder: Path, files: Iterable[Path] | None = None) -> str:
+    """Digest of files in a folder, of all by default: names and bytes."""
     sha = hashlib.sha256()
-    for file in sorted(p for p in folder.rglob("*") if not p.is_dir()):
+    for file in sorted(p for p in files or folder.rglob("*") if not p.is_dir()):
         name, data = file.relative_to(folder).as_posix(), file.read_bytes()
         sha.update(f"{name}\0{len(data)}\0".encode() + data)
     return sha.hexdigest()
@@ -58,7 +58,7 @@ def main(folder: Path, expected: str, payload: str) -> None:
                  f"was given can't be read; {AGAIN}")  # fmt: skip
     if not same:
         sys.exit(f"error: {folder}: not the copy of the code that this job was given: files of it "
-                 f"were removed or changed since; {AGAIN}")  # fmt: skip
+                 f"were removed, changed or added since; {AGAIN}")  # fmt: skip
     sys.meta_path.insert(0, Only(folder))
     sys.argv = ["submitit", payload]
     runpy.run_module("submitit.core._submit", run_name="__main__")

@@ -507,7 +507,7 @@ def test_a_copy_that_changed_runs_nothing_and_a_whole_one_is_all_that_runs(
     more = folder / read_json(folder / "41.json")["home"] / "study/losses.so"
     more.touch()  # Python would load it before losses.py
     done = begun(fake, decoy)
-    assert done.returncode == 1 and "were removed or changed since" in done.stdout
+    assert done.returncode == 1 and "were removed, changed or added since" in done.stdout
     more.unlink()
     done = begun(fake, decoy)
     assert done.returncode == 0, done.stdout
@@ -1173,6 +1173,71 @@ def test_a_copy_that_somebody_edited_is_not_given_to_jobs(tmp_path: Path) -> Non
         change()
         with pytest.raises(StudyError, match="not the copy that was made for jobs; remove it"):
             pinned.pin(home, study)
+
+
+def test_whoever_looks_at_the_copy_adds_no_bytecode_to_it(tmp_path: Path) -> None:
+    home, study = tmp_path / "copy", write(tmp_path)
+    pinned.pin(home, study)
+    whole = sealed.digest(home)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    code = ("import sys, study.queued, study.extractors.names as n; "
+            "print(sys.dont_write_bytecode, n.__file__)")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, text=True, check=True,
+                          capture_output=True, env=env | {"PYTHONPATH": str(home)})  # fmt: skip
+    assert done.stdout == f"False {home}/study/extractors/names.py\n" and not done.stderr
+    assert sealed.digest(home) == whole
+    pinned.pin(home, study)  # still what is given to jobs
+    (home / "study" / "__pycache__").unlink()
+    with pytest.raises(StudyError, match="not the copy that was made for jobs"):
+        pinned.pin(home, study)
+
+
+def test_the_codes_digest_is_of_the_packages_files_alone(tmp_path: Path) -> None:
+    for name in "a.py", "b/c.yaml", "b/c.txt":
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    before = pinned.digest(tmp_path), sealed.digest(tmp_path)
+    (tmp_path / "b/c.txt").write_text("y")
+    assert pinned.digest(tmp_path) == before[0] and sealed.digest(tmp_path) != before[1]
+    (tmp_path / "b/c.yaml").write_text("y")
+    assert pinned.digest(tmp_path) != before[0]
+
+
+def test_a_damaged_record_says_what_may_still_be_queued(tmp_path: Path, fake: Fake) -> None:
+    path, folder = write(tmp_path), tmp_path / "results/small" / FOLDER
+    assert main(command(path)) == 3
+    (folder / "41.json").write_text('{"time": ')
+    with pytest.raises(StudyError, match="41.json: cannot be read") as error:
+        Queue(folder.parent)
+    assert "`squeue -j 41`" in str(error.value) and "then remove the file" in str(error.value)
+    assert "made again" not in str(error.value)  # nothing does
+    (folder / "41.json").unlink()
+    assert not Queue(folder.parent).held
+
+
+def test_what_squeue_says_beside_its_jobs_is_no_job(tmp_path: Path, fake: Fake) -> None:
+    assert main(command(write(tmp_path))) == 3
+    (fake.folder / "queue").write_text(
+        "41_0 PENDING\nNotice: maintenance on Friday\n\nNotice\n41_1 RUNNING \n")
+    assert sorted(Queue(tmp_path / "results/small").held.values()) == ["PENDING", "RUNNING"]
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ("n: 4", "n: sbatch gets --n, which is no option; give the option's long name"),
+    ("N: 2", "N: sbatch gets --N"), ("nod: 2", "nod: --on slurm stands on"),
+    ("no_requeue: true", "no_requeue: --on slurm stands on"),
+    ("requeue: false", "requeue: sbatch would get it as --requeue=False; allowed: a value, or"),
+    ("hold: null", "hold: sbatch would get it as --hold=None")])  # fmt: skip
+def test_what_sbatch_would_not_understand_is_refused_by_name(given: str, said: str) -> None:
+    with pytest.raises(StudyError, match=f"additional_parameters: {said}"):
+        parameters([f"additional_parameters={{{given}}}"], "cpu", "mine")
+
+
+def test_other_options_of_sbatch_pass() -> None:
+    given = {"requeue": True, "hold": True, "mail-user": "me", "time-min": 30, "nice": 0}
+    for key, value in given.items():
+        said = parameters([f"additional_parameters={{{key}: {str(value).lower()}}}"], "cpu", "x")
+        assert said["additional_parameters"] == {"requeue": True, key: value}
 
 
 def test_code_that_changes_while_it_is_copied_is_not_submitted(

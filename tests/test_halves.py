@@ -15,7 +15,7 @@ from test_promises import FULL, half_trained, run
 
 from analysis import load, report
 from study import worker
-from study.halves import begun, mixed
+from study.halves import begun, foreign, mixed
 from study.run import main
 from study.store import append_line, read_json, read_lines, sha256, write_json
 
@@ -148,6 +148,24 @@ def test_measurements_of_another_training_are_named_and_made_again(copies: Path)
     assert 1e3 not in study.measures["value"].tolist() and others
     assert run(path, results, "--only", "*-s0") == 0
     assert read_json(first) | {"seconds": 0} == whole | {"seconds": 0}
+
+
+@pytest.mark.parametrize(("left", "why"), [
+    (None, "not there; its measurements are not used"), ("{", "cannot be read: ")])  # fmt: skip
+def test_measurements_that_no_trained_json_vouches_for_are_not_told_as_foreign(
+    copies: Path, left: str | None, why: str
+) -> None:
+    folder = folder_of(copies / "b")
+    files = sorted(p.name for p in (folder / "measures").iterdir())
+    (folder / "trained.json").unlink() if left is None else (
+        folder / "trained.json").write_text(left)
+    study = load.load(folder.parents[1])
+    (told,) = study.problems
+    assert told.startswith(f"runs/{folder.name}/trained.json: {why}")
+    here = study.missing.set_index("id").loc[[folder.name.rpartition("-")[2]]]
+    assert set(here[here.file.isin(files)].why) == {load.UNTOLD} and files
+    assert folder.name.rpartition("-")[2] not in study.measures["id"].tolist()
+    assert not foreign({}, files[0], {"snapshot": "0" * 64})
 
 
 def test_runs_of_before_are_whole_as_far_as_can_be_told() -> None:

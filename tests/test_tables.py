@@ -311,3 +311,16 @@ def test_what_runs_learn_or_start_from_is_followed_to_the_network_that_all_share
         "seeds covers its own variation. ect.pkl, the teacher or first weights of warm, is shared "
         "by all seeds: no interval over seeds covers its own variation.")
     assert shared.owed(study, "digits", ["ct", "half"]) == ""
+
+
+@pytest.mark.parametrize(("first", "second", "told"), [
+    ("nfe=2", "mid=0.8, nfe=2", ("no mid", "mid=0.8")),
+    ("nfe=2, levels=[1, 2]", "nfe=2, levels=[1, 2, 1]", ("levels=[1, 2]", "levels=[1, 2, 1]")),
+    ('nfe=2, score={"k": 1, "n": 2}', 'nfe=2, score={"k": 1, "n": 3}',
+     ('score={"k": 1, "n": 2}', 'score={"k": 1, "n": 3}')),
+    ("nfe=2, levels=[1, 2]", "mid=0.8, nfe=2", ("levels=[1, 2], no mid", "no levels, mid=0.8"))])
+def test_headings_tell_settings_whole_and_those_that_lack(
+    first: str, second: str, told: tuple[str, str]
+) -> None:
+    whats = [f"fid[{x}, data_digest=aa]" for x in (first, second)]
+    assert tables.headings([("fid", w) for w in whats]) == [f"FID, 2 NFE, {t}" for t in told]
