@@ -31,7 +31,8 @@ from study import sealed
 from study.errors import StudyError, several
 from study.forecast import Speeds, kind_of
 from study.jobs import Job
-from study.pinned import GIVEN, code, pin
+from study.parameters import remarks
+from study.pinned import GIVEN, OWN, code, pin
 from study.progress import label
 from study.queued import (
     FOLDER,
@@ -149,10 +150,9 @@ def submit(
     todo = arrays(new, times, minutes, most or ARRAY, queue, trained)
     home = _home(store.path, options)
     first = f"export PYTHONPATH={shlex.quote(str(home))}${{PYTHONPATH:+:$PYTHONPATH}}"
-    gone = shlex.quote(f"error: {home}: the copy of the code that this job was given is gone; the "
-                       "same command makes another")  # fmt: skip
-    there = f"test -f {shlex.quote(str(home / SEALED))} || {{ echo {gone}; exit 1; }}"
-    values["setup"] = [*(values.get("setup") or []), SAFE, first, there]
+    values["setup"] = [*(values.get("setup") or []), SAFE, first, _whole(home)]
+    for line in remarks(values):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if options.plan:
         for i, array in enumerate(todo, 1):
             _show(console, f"array{i}", array, values, times, store)
@@ -191,6 +191,16 @@ def _home(path: Path, options: argparse.Namespace) -> Path:
     """Where the code and study file that jobs use lie; another of either, another folder."""
     asked = hashlib.sha256(repr(code()).encode() + options.study.read_bytes()).hexdigest()
     return (path / FOLDER / f"{code()['code']}-{asked[:8]}").absolute()
+
+
+def _whole(home: Path) -> str:
+    """The batch script's own look at the file that looks at all others: Python would run an empty
+    one, as a full disk leaves it, without a word."""
+    whole = hashlib.sha256((OWN.parent / SEALED).read_bytes()).hexdigest()
+    lost = shlex.quote(f"error: {home}: the copy of the code that this job was given is gone or "
+                       f"damaged; {sealed.AGAIN}")  # fmt: skip
+    return (f'test "$(sha256sum < {shlex.quote(str(home / SEALED))})" = "{whole}  -" '
+            f"|| {{ echo {lost}; exit 1; }}")  # fmt: skip
 
 
 def _after(array: Array, ids: dict[str, str]) -> dict[str, str]:

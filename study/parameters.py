@@ -3,7 +3,8 @@
 Each key is one of submitit's, of the type that submitit gives it; its additional_parameters go to
 sbatch as they are. Refused is what would be taken for something else (memory without a unit, a
 time limit so short that a preemption counts as one), what --on slurm itself stands on (one process
-a job, its place, logs, signal and requeueing), and jobs without a GPU for runs that need one.
+a job, its place, logs, signal and requeueing), and jobs without a GPU for runs that need one, or
+with one that they would leave idle.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ KEPT = ("array", "chdir", "clusters", "dependency", "error", "job-name", "nodes"
         "no-requeue", "ntasks-per-node", "open-mode", "output", "signal", "time")  # fmt: skip
 MEMORY = ("mem", "mem_per_cpu", "mem_per_gpu")
 GPU_KEYS = ("gpus", "gpus_per_node", "gpus_per_socket", "gpus_per_task", "num_gpus", "gres")
+FROM_1 = ("array_parallelism", "cpus_per_gpu", "cpus_per_task")
 GPU_GRES = ("gpu", "shard", "mps", "none")  # none: of no kind
 
 
@@ -31,7 +33,8 @@ def parameters(given: Iterable[str], device: str, name: str) -> dict[str, Any]:
     """Submitit's parameters: the defaults with --slurm KEY=VALUE laid over them.
 
     Raises StudyError for a name that submitit does not know, a value of another type, memory
-    without a unit, a time limit that it would take for final, and no GPU for runs that need one.
+    without a unit, none of what a job can't do without, a time limit that it would take for final,
+    no GPU for runs that need one, and one for runs on CPUs.
     """
     from submitit.slurm import slurm
 
@@ -68,24 +71,44 @@ def parameters(given: Iterable[str], device: str, name: str) -> dict[str, Any]:
         if key.replace("-", "_") in MEMORY and str(value).strip("0").isdecimal():
             raise StudyError(f"--slurm {key}={value}: Slurm would take it for megabytes; name the "
                              f"unit, {value}G or {value}M")  # fmt: skip
-    if device != "cpu" and not _gpus({**more, **values}):
+        if key.replace("-", "_") in FROM_1 and isinstance(value, int) and value < 1:
+            raise StudyError(f"--slurm {key}={value}: at least 1")
+    _check_gpus(gpus := _gpus({**more, **values}), device)
+    if device != "cpu" and not gpus:
         values["gpus_per_node"] = 1
     # a cluster may requeue only what asks for it
     values["additional_parameters"] = {"requeue": True, **more}
     return values
 
 
-def _gpus(values: Mapping[str, Any]) -> bool:
-    """Whether GPUs are asked for. Raises StudyError where it is said that there shall be none."""
-    said = {key: [part for part in str(value).lower().split(",")
-                  if key != "gres" or part.startswith(GPU_GRES)]
+def remarks(values: Mapping[str, Any]) -> list[str]:
+    """What parameters mean to Slurm that a user may not have meant."""
+    given = {**(values.get("additional_parameters") or {}), **values}
+    none = [k for k, v in given.items() if k.replace("-", "_") in ("mem", "mem_per_cpu")
+            and not str(v).upper().strip("0KMGTB")]  # fmt: skip
+    return [f"{key}={given[key]} asks for all memory of a node: one job at a time runs on each"
+            for key in none]  # fmt: skip
+
+
+def _gpus(values: Mapping[str, Any]) -> dict[str, str]:
+    """Of the values, those that say how many GPUs there shall be."""
+    said = {key: ",".join(part for part in str(value).lower().split(",")
+                          if key != "gres" or part.startswith(GPU_GRES))
             for key, value in values.items() if key.replace("-", "_") in GPU_KEYS}  # fmt: skip
-    said = {key: parts for key, parts in said.items() if parts}
-    if said and all(part.rpartition(":")[2] in ("0", "none") for p in said.values() for part in p):
-        key = next(iter(said))
-        raise StudyError(f"--slurm {key}={values[key]}: its jobs would find no GPU; runs on CPUs "
-                         "want --device cpu")  # fmt: skip
-    return bool(said)
+    return {key: text for key, text in said.items() if text}
+
+
+def _check_gpus(said: Mapping[str, str], device: str) -> None:
+    """Raises StudyError where there shall be none for runs that need one, and for the reverse."""
+    some = {key: any(part.rpartition(":")[2] not in ("0", "none") for part in text.split(","))
+            for key, text in said.items()}  # fmt: skip
+    for key, text in said.items():
+        if device != "cpu" and not any(some.values()):
+            raise StudyError(f"--slurm {key}={text}: its jobs would find no GPU; runs on CPUs "
+                             "want --device cpu")  # fmt: skip
+        if device == "cpu" and some[key]:
+            raise StudyError(f"--slurm {key}={text}: with --device cpu its jobs would leave that "
+                             "idle; leave out one of them")  # fmt: skip
 
 
 def _typed(text: str, kind: Any, where: str) -> Any:  # noqa: ANN401

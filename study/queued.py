@@ -26,8 +26,11 @@ FOLDER = "slurm"  # in results/STUDY
 SILENT = "squeue does not answer"
 SECONDS = 60  # that a question to Slurm may take
 FEW, NAMED = 6, 3  # jobs of an array that have a line each, runs of a job that are named
-TAIL, LETTERS = 8192, 200  # bytes of a log in which its last line is looked for, letters told
-SRUN = re.compile(r"srun: (error: \S+: tasks? |Terminating |Job step aborted)")  # says no reason
+TAIL, LETTERS = 8192, 400  # bytes of a log in which its last line is looked for, letters told
+NOISE = re.compile(r"srun: (error: \S+: tasks? |Terminating |Job step aborted)"  # no reason
+                    r"|submitit INFO \(.*?\) - (Job completed|Exiting after) success")
+WHOLE = ("error: ", "left: ")  # a job's own lines: what can be done stands at their end
+HEAD = re.compile(r"\w[\w.]*: .*:$")  # an exception's line that is continued in the next
 OVERRULING = ("SBATCH_", "SCANCEL_", "SCONTROL_", "SLURM_", "SQUEUE_", "SRUN_")
 # where Slurm is and who asks; all else means something to a command, or is of another job
 HARMLESS = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_DEBUG_FLAGS", "SLURM_JWT")
@@ -97,17 +100,19 @@ def withdraw(folder: Path) -> None:
 
 
 def ending(log: Path) -> str:
-    """The last line of a job's log that says something; '' where there is none."""
+    """The last line of a job's log that says something, with the line above where it continues
+    that; '' where there is none."""
     try:
         if not log.is_file():
             return ""
         with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - TAIL))
-            lines = file.read(TAIL).decode(errors="replace").splitlines()
+            start = file.seek(max(0, log.stat().st_size - TAIL))
+            text = "…" * (start > 0) + file.read(TAIL).decode(errors="replace")
     except OSError:
         return ""
-    told = [line for line in lines if line.strip() and not SRUN.match(line)]
-    return printable(told[-1].strip())[:LETTERS] if told else ""
+    told = [line for line in text.splitlines() if line.strip() and not NOISE.match(line)]
+    said = printable(" ".join(told[-2 if HEAD.match("".join(told[-2:-1])) else -1 :]).strip())
+    return said if len(said) <= LETTERS or said.startswith(WHOLE) else f"{said[:LETTERS]}…"
 
 
 class Record(TypedDict):
@@ -174,7 +179,8 @@ class Queue:
 
     def lines(self, states: Mapping[str, str], names: Mapping[str, str]) -> list[str]:
         """A line for each job that Slurm holds, and for each that is gone and left work; of many
-        jobs of an array, one together. states, names: of runs by id; other runs don't count."""
+        jobs of an array, one together. How logs end is said once where it is the same. states,
+        names: of runs by id; other runs don't count."""
         runs: dict[str, list[str]] = {}
         for run, job in self.job.items():
             if states.get(run, "done") not in ("done", "failed"):
@@ -184,11 +190,17 @@ class Queue:
             state = self.held.get(ids[0], "gone").lower()
             if state != "gone" or self.known:
                 groups.setdefault((job.partition("_")[0], state), []).append(job)
-        lines = []
+        told: dict[tuple[bool, str], list[str]] = {}  # by how logs end, those of many jobs apart
         for (array, state), jobs in groups.items():
             for some in [jobs] if len(jobs) > FEW else [[job] for job in jobs]:
-                lines.append(self._line(array, state, some, [names[i] for j in some
-                                                             for i in runs[j]]))  # fmt: skip
+                line = self._line(array, state, some, [names[i] for j in some for i in runs[j]])
+                ends = Counter(ending(self.logs[job]) for job in some if state == "gone")
+                end = next((e for e, _ in ends.most_common() if e), "")
+                told.setdefault((len(some) > 1, end), []).append(line)
+        lines = []
+        for (many, end), some in told.items():
+            how = "most end" if many else "each ends" if len(some) > 1 else "it ends"
+            lines += [*some, *([f"  {how}: {end}"] if end else [])]
         return lines
 
     def _line(self, array: str, state: str, jobs: list[str], runs: list[str]) -> str:
@@ -197,9 +209,13 @@ class Queue:
         if len(jobs) > 1:
             log, which = log.with_name(f"{array}_*_0_log.out"), f"{len(jobs)} jobs of {array}"
         what = ", ".join(runs) if len(runs) <= NAMED else several(len(runs), "run")
-        if state != "gone":
-            return f"{which}: {state}, to do: {what}; log: {log}"
-        ends = Counter(end for job in jobs if (end := ending(self.logs[job])))
-        how = "most end" if len(jobs) > 1 else "it ends"
-        said = "".join(f"\n  {how}: {end}" for end, _ in ends.most_common(1))
-        return f"{which}: gone, not done: {what}; log: {log}{said}"
+        where, lost = f"log: {log}", not os.path.exists(log.parent)
+        if lost:
+            where = f"log: gone, as all of {log.parent}"
+        elif state == "gone" and not any(os.path.exists(self.logs[job]) for job in jobs):
+            where += " (not there: it never began, or its log was removed)"
+        if state == "gone":
+            return f"{which}: gone, not done: {what}; {where}"
+        if lost and state != "running":  # payload and place for a log were there
+            where += "; it cannot begin: scancel it, and give the same command again"
+        return f"{which}: {state}, to do: {what}; {where}"

@@ -25,7 +25,7 @@ from study.errors import StudyError
 from study.jobs import Job
 from study.parameters import parameters
 from study.pinned import code
-from study.queued import FOLDER, Queue
+from study.queued import FOLDER, LETTERS, TAIL, Queue, ending
 from study.resolve import load
 from study.run import main
 from study.store import Folder, Store, append_line, read_json, read_lines, write_json
@@ -143,6 +143,12 @@ def test_plan_shows_what_would_be_submitted_and_needs_no_slurm(
         (["--slurm", "mem_per_cpu=16000"], "name the unit, 16000G or 16000M"),
         (["--slurm", "additional_parameters={mem-per-gpu: 8}"], "name the unit, 8G or 8M"),
         (["--slurm", "partition"], "key=value expected"),
+        (["--slurm", "cpus_per_task=0"], "cpus_per_task=0: at least 1"),
+        (["--slurm", "array_parallelism=0"], "array_parallelism=0: at least 1"),
+        (["--slurm", "additional_parameters={cpus-per-task: 0}"], "cpus-per-task=0: at least 1"),
+        (["--slurm", "gpus_per_node=2"], "gpus_per_node=2: with --device cpu its jobs"),
+        (["--slurm", "gres=lustre:1,gpu:a100:1"], "gres=gpu:a100:1: with --device cpu its jobs"),
+        (["--slurm", "additional_parameters={gpus: 1}"], "gpus=1: with --device cpu its jobs"),
         (["--workers", "2"], "one run at a time"),
     ],
 )
@@ -174,6 +180,18 @@ def test_a_gpu_is_asked_for_unless_something_else_is() -> None:
 def test_all_memory_of_a_node_has_no_unit() -> None:
     assert parameters(["mem=0"], "cpu", "x")["mem"] == "0"
     assert parameters(["mem=1.5G"], "cpu", "x")["mem"] == "1.5G"
+
+
+@pytest.mark.parametrize("given", ["mem=0", "mem=0G", "mem_per_cpu=0",
+                                   "additional_parameters={mem: 0}"])  # fmt: skip
+def test_what_asks_for_all_memory_of_a_node_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: str
+) -> None:
+    path, said = write(tmp_path), "asks for all memory of a node: one job at a time runs on each"
+    assert main(command(path, "--plan", "--slurm", given)) == 0
+    assert said in capsys.readouterr().out
+    assert main(command(path, "--plan", "--slurm", "mem=10G")) == 0
+    assert said not in capsys.readouterr().out
 
 
 def test_a_refused_array_is_told_and_the_same_command_submits_the_rest(
@@ -465,6 +483,22 @@ def test_a_job_whose_copy_is_not_whole_runs_nothing(
     assert not (tmp_path / "results/small/runs").exists()
 
 
+@pytest.mark.parametrize("left", [0, 512, 1024, -1])
+def test_a_job_whose_first_file_was_cut_off_ends_with_an_error(
+    tmp_path: Path, fake: Fake, decoy: Path, left: int
+) -> None:
+    """As by a full disk: Python runs an empty file, and one that ends early, without a word."""
+    path, folder = write(tmp_path), tmp_path / "results/small" / FOLDER
+    assert main(command(path, "--only", "ct-*-s0")) == 3
+    first = folder / read_json(folder / "41.json")["home"] / "study/sealed.py"
+    first.write_bytes(first.read_bytes()[:left])
+    done = begun(fake, decoy)
+    assert done.returncode == 1 and done.stdout == (
+        f"error: {first.parents[1]}: the copy of the code that this job was given is gone or "
+        f"damaged; {sealed.AGAIN}\n")  # fmt: skip
+    assert not (decoy / "used").exists()
+
+
 def test_a_copy_that_changed_runs_nothing_and_a_whole_one_is_all_that_runs(
     tmp_path: Path, fake: Fake, decoy: Path
 ) -> None:
@@ -698,6 +732,70 @@ def test_status_says_how_a_dead_jobs_log_ends_and_puts_many_jobs_together(
     assert f"1 run to submit, 0 queued already, 0 running\n{alone}" in told
 
 
+CLOSING = """\
+submitit INFO (2026-01-02 03:04:05,678) - Job completed successfully
+submitit INFO (2026-01-02 03:04:05,679) - Exiting after successful completion
+"""
+LEFT = "left: edm-s0: the job is completing; unless Slurm requeues it, give the same command again"
+WAITED = "RuntimeError: Waited for 60 seconds but could not find submitted jobs in path:"
+
+
+@pytest.mark.parametrize(
+    ("log", "said"),
+    [
+        (f"slurmstepd: error: *** JOB 27 ON node1 CANCELLED ***\n{LEFT}\n{CLOSING}", LEFT),
+        (f"Traceback:\n  x\n{WAITED}\n/jobs-x/41_submitted.pkl\nsrun: Terminating Step\n",
+         f"{WAITED} /jobs-x/41_submitted.pkl"),
+        ('  File "a.py", line 3, in f\n    x: list = [i for i in y:\nSyntaxError: invalid\n',
+         "SyntaxError: invalid"),
+        (f"error: {'x' * 500}; remove it\n", f"error: {'x' * 500}; remove it"),
+        (f"left: {'x' * 500}; again\n", f"left: {'x' * 500}; again"),
+        (f"ValueError: {'x' * 500}\n", f"ValueError: {'x' * (LETTERS - 12)}…"),
+        ("x" * TAIL + "yz\n", f"…{'x' * (LETTERS - 1)}…"),
+        ("submitit INFO (2026) - Job has timed out. Ran 9 minutes.\n",
+         "submitit INFO (2026) - Job has timed out. Ran 9 minutes."),
+        (CLOSING, ""),
+    ],
+    ids=["cancelled", "two lines", "code", "error", "left", "cut", "torn", "info", "closing"],
+)  # fmt: skip
+def test_a_log_ends_with_the_last_line_that_says_why(tmp_path: Path, log: str, said: str) -> None:
+    (tmp_path / "log").write_text(log)
+    assert ending(tmp_path / "log") == said
+
+
+def test_how_several_logs_end_is_said_once_and_a_log_that_is_gone_is_called_so(
+    tmp_path: Path, fake: Fake, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, fold = write(tmp_path), tmp_path / "results/small" / FOLDER
+    fake.program("scontrol", "echo 'MaxArraySize            = 99'\n")
+    status = [str(path), "--results", str(tmp_path / "results"), "--status"]
+    assert main(command(path)) == 3
+    place, later = (fold / read_json(fold / f"{n}.json")["folder"] for n in (41, 42))
+    for i in (0, 2):
+        (place / f"41_{i}_0_log.out").write_text("error: no GPU here\n")
+    (place / "41_1_0_log.out").write_text("error: another\n")
+    capsys.readouterr()
+    assert main(status) == 3
+    told = capsys.readouterr().out
+    first = [f"job 41_{i}: gone, not done: " for i in (0, 2, 1)]
+    at = [told.index(line) for line in (first[0], first[1], "  each ends: error: no GPU here\n",
+                                        first[2], "  it ends: error: another\n")]  # fmt: skip
+    assert at == sorted(at) and told.count("no GPU here") == 1
+    never = "(not there: it never began, or its log was removed)"
+    assert f"log: {later}/42_1_0_log.out {never}\n" in told and told.count(never) == 3
+    shutil.rmtree(place)
+    shutil.rmtree(later)
+    (fake.folder / "queue").write_text("42_0 PENDING\n42_1 RUNNING\n")
+    assert main(status) == 3
+    told = capsys.readouterr().out
+    assert f"not done: edm-s0; log: gone, as all of {place}\n" in told
+    gone = f"log: gone, as all of {later}"
+    again = "; it cannot begin: scancel it, and give the same command again"
+    assert "job 42_0: pending, to do: " in told and f"{gone}{again}\n" in told
+    assert "job 42_1: running, to do: " in told and f"{gone}\n" in told
+    assert "_log.out" not in told
+
+
 def test_speeds_of_a_cpu_say_nothing_of_a_gpu(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -917,6 +1015,8 @@ def test_a_storm_changes_no_bit(real: Path, tmp_path: Path) -> None:
     assert reasons[:2] == [None, "stopped"] and reasons[-1] == "done" and None not in reasons[1::2]
     assert [r.get("reason") for r in cancelled.rows()] == [None, "stopped"]
     assert [r["event"] for r in killed.rows()] == ["start"]
+    assert "CANCELLED" in cancelled.log()
+    assert ending(Queue(store.path).logs[cancelled.job]).startswith("left: edm-s1: the job is ")
     left = {store.study.unique[i].folder.rpartition("-")[0]: s
             for i, s in store.states().items() if s != "done"}  # fmt: skip
     assert left == {"ct-small-s0": "interrupted", "edm-s1": "interrupted",
@@ -1011,6 +1111,30 @@ def test_failures_are_slurms_too_and_a_retry_waits_in_the_queue(
     until(empty)
     assert main([*only, "--status"]) == 0
     assert [r["job"] for r in read_lines(bad.file("attempts.jsonl"))] == [first, second, second]
+
+
+def test_a_job_that_lost_what_it_needs_while_it_waited_failed(
+    real: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path)
+    folder, status = tmp_path / "results/small" / FOLDER, [str(path), "--status", "--results"]
+    held = ["--slurm", "additional_parameters={hold: true}"]
+    for name, said, all_memory in (("", "log: gone, as all of ", "mem=0"),
+                                   ("study/sealed.py", "it ends: error: ", "mem_per_cpu=0")):
+        assert main(command(path, "--only", "ct-*-s0", *held, "--slurm", all_memory)) == 3
+        record = next(p for p in folder.glob("*.json"))
+        number, told = record.stem.rpartition("-")[2], read_json(record)
+        place = folder / told["folder"]
+        (folder / told["home"] / name).write_text("") if name else shutil.rmtree(place)
+        subprocess.run(["scontrol", "release", number], check=True)
+        until(empty)
+        job = slurm.asked("scontrol", "show", "job", number)
+        assert "JobState=FAILED" in job and ("ExitCode=1:0" in job or not name), job
+        assert "mem=4000M" in job, job  # the node's
+        capsys.readouterr()
+        assert main([*status, str(tmp_path / "results")]) == 3
+        assert said in capsys.readouterr().out
+        record.unlink()
 
 
 def test_what_slurm_took_and_nothing_records_is_taken_back(
