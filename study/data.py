@@ -9,7 +9,6 @@ and probes consult, while samples are compared with the images as they are.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 from study import seeds, subjects
 from study.lowrank import LowRankMixture
 from study.mixtures import Density, GaussianMixture
+from study.standing import digest
 
 EXACT = 65536  # draws of an endless mixture that its digest covers
 
@@ -177,11 +177,7 @@ def _population(
 
 
 def _digest(*parts: Tensor) -> str:
-    """SHA-256 of the parts' shapes and values, 16 hex digits: what is trained on and held out."""
-    total = hashlib.sha256()
-    for x in parts:
-        total.update(str(tuple(x.shape)).encode() + x.numpy().tobytes())
-    return total.hexdigest()[:16]
+    return digest(*(x.numpy() for x in parts))
 
 
 class Blocks:

@@ -14,13 +14,15 @@ from rich.table import Table
 
 from study.errors import printable
 from study.spec import Run, Study
-from study.store import Folder
+from study.store import Folder, Store
 
 COLOURS = {
     "done": "green",
+    "diverged": "magenta",
     "running": "cyan",
     "queued": "blue",
     "failed": "red",
+    "blocked": "red",
     "interrupted": "yellow",
     "pending": "dim",
 }
@@ -110,6 +112,18 @@ class Display:
             markup=False,
             soft_wrap=True,
         )
+
+
+def outcomes(store: Store, states: Mapping[str, str], retry: bool = False) -> dict[str, str]:
+    """The states in a user's words: of what is done, diverged; of what is left, blocked where a
+    source diverged or failed (unless that is tried again)."""
+    result = dict(states)
+    for i, state in states.items():
+        if state == "done" and (store.folders[i].trained or {}).get("outcome") == "diverged":
+            result[i] = "diverged"
+        elif state in ("pending", "interrupted") and store.blocked(store.study.unique[i], retry):
+            result[i] = "blocked"
+    return result
 
 
 def state_table(study: Study, states: Mapping[str, str]) -> Table:

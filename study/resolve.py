@@ -21,7 +21,7 @@ from study.meaning import references, simplest
 from study.metrics import Measure
 from study.places import check_places
 from study.settings import Settings, score_settings, settings_of
-from study.spec import Primary, Recipe, Run, Study, check_rounding, compared
+from study.spec import Primary, Recipe, Run, Study, check_rounding, compared, meant
 
 PRESETS = Path(__file__).with_name("presets.yaml")
 KEYS = tuple("question primary compare base sources variants cells seeds measure".split())
@@ -52,7 +52,7 @@ class Resolver:
         self.file, self.name = file, name
         for key in tree:
             if key not in KEYS:
-                raise StudyError(f"{file}: {key}: no such key; {nearest(key, KEYS)}")
+                raise StudyError(f"{file}: {key}: no such key; {meant(key, KEYS)}")
         self.tree = tree
         self.base = self._section("base")
         self.sources = self._named("sources")

@@ -25,12 +25,17 @@ from study.halves import check_whole
 from study.launch import Launcher, devices
 from study.parameters import parameters
 from study.places import present, weights_file
+<<<<<<< HEAD
 from study.progress import Display, label, state_table
+=======
+from study.progress import Display, label, outcomes, several, state_table
+>>>>>>> bd7fd9bed3ac87dac68faa6010fa13eb6b3a3716
 from study.queued import Queue
 from study.resolve import load
 from study.spec import Run, Study
+from study.standing import digest, unlike
 from study.store import Store, sha256
-from study.subjects import Cifar10, FashionMnist, Images
+from study.subjects import Cifar10, Data, FashionMnist, Images
 
 EXAMPLES = """examples:
   python -m study.run sweeps/grid.yaml                    train and measure what is missing
@@ -127,9 +132,10 @@ def chosen(study: Study, patterns: list[str]) -> list[Run]:
     return [r for r in study.unique.values() if r.id in wanted]
 
 
-def fetch_data(study: Study) -> None:
+def fetch_data(study: Study) -> dict[Data, str]:
     """Finds or downloads files that data and extractors need, once, before any process asks for
-    them."""
+    them. Returns the digests of data that may change: images in a folder."""
+    digests: dict[Data, str] = {}
     for data in {r.recipe.factors.data for r in study.runs}:
         data = getattr(data, "of", data)  # a fitted mixture reads the images it is fitted to
         if isinstance(data, FashionMnist):
@@ -145,18 +151,26 @@ def fetch_data(study: Study) -> None:
 
             # what is known only now, unlike other data's
             parts = {k: v[0] for k, v in folder.load(Path(data.root), data.held_out).items()}
+            planes = (parts[part].transpose(0, 3, 1, 2) for part in ("train", "held_out"))
+            digests[data] = digest(*planes)
             image, counts = parts["train"].shape[:0:-2], {k: len(v) for k, v in parts.items()}
             for recipe in study.recipes:
                 if recipe.factors.data == data:
                     where = f"{study.name}: cell {recipe.cell}: measure.{{}}".format
                     check_extractors(recipe.measure, image, data.root, where)
                     check_counts(recipe.measure, counts, data.root, where)
-    asked = {(m.record.get("extractor", ""), m.weights) for r in study.runs for m in r.measures}
-    for identity, weights in asked:
+    asked = {(m.record.get("extractor", ""), m.weights): (r.recipe.cell, m.record["kind"])
+             for r in study.runs for m in r.measures}  # fmt: skip
+    for (identity, weights), (cell, kind) in asked.items():
         if is_inception(identity):
             from study.extractors import inception
 
-            inception.load(identity, weights)
+            try:
+                inception.load(identity, weights)
+            except StudyError as error:
+                where = f"{study.name}: cell {cell}: measure.{kind}"
+                raise StudyError(f"{where}: {error}") from None
+    return digests
 
 
 def check_weights(store: Store, wanted: list[Run], thorough: bool) -> None:
@@ -167,13 +181,19 @@ def check_weights(store: Store, wanted: list[Run], thorough: bool) -> None:
         if path := weights_file(run.recipe.factors):
             users.setdefault(path, []).append(run)
     for path, runs in users.items():
+        roles = {"teacher": "sources", "student": "variants"}
+        names = dict.fromkeys(f"{roles[r.recipe.role]}.{r.recipe.name}" for r in runs)
+        where = f"{store.study.name}: {', '.join(names)}"
         begun = all(store.folders[r.id].trained for r in runs if r in wanted)
         if begun and not path.exists():
             continue  # nothing begins with it any more
-        digest = sha256(present(path))
+        try:
+            found = sha256(present(path))
+        except StudyError as error:
+            raise StudyError(f"{where}: {error}") from None
         for run in runs:  # also of runs that are not wanted now: they are compared with these
             trained = store.folders[run.id].trained
-            if trained and trained["inputs"].get(path.name, digest) != digest:
+            if trained and trained["inputs"].get(path.name, found) != found:
                 raise StudyError(
                     f"init.weights: {path}: not the file that {label(run)} began with; bring that "
                     "one back, or give this one another name"
@@ -181,24 +201,39 @@ def check_weights(store: Store, wanted: list[Run], thorough: bool) -> None:
         if thorough and not begun:
             from study import interop  # torch, which --plan and --status do without
 
-            interop.read(path)
+            try:
+                interop.read(path)
+            except StudyError as error:
+                raise StudyError(f"{where}: init.weights: {error}") from None
 
 
-def show_plan(console: Console, store: Store, wanted: list[Run], kind: Kind) -> None:
-    """What is new, kept and no longer asked for; kind: of the device that it is for."""
-    states = store.states()
-    kept = [r for r in wanted if store.folders[r.id].trained is not None]
-    names = {r.id for r in kept}
-    new = [r for r in wanted if r.id not in names]
-    due = sum(len(store.folders[r.id].due(r)) for r in kept) + sum(len(r.measures) for r in new)
+def show_plan(console: Console, store: Store, wanted: list[Run], kind: Kind, retry: bool) -> None:
+    """What is new, kept, left out and no longer asked for; kind: of the device that it is for."""
+    states = outcomes(store, store.states(), retry)
+    left = {
+        r.id: f"{label(r)} left out: {why}"
+        for r in wanted
+        if states[r.id] in ("blocked", "failed") and (why := store.blocked(r, retry))
+    }
+    if not retry:
+        left |= {r.id: f"{label(r)} left out: failed; --retry tries it again" for r in wanted
+                 if states[r.id] == "failed"}  # fmt: skip
+    names = {r.id for r in wanted if store.folders[r.id].trained is not None}
+    kept = [r for r in wanted if r.id in names]
+    new = [r for r in wanted if r.id not in names | left.keys()]
+    due = sum(len(store.folders[r.id].due(r)) for r in kept if r.id not in left)
+    due += sum(len(r.measures) for r in new)
     console.print(state_table(store.study, states))
     console.print(
         f"{several(len(new), 'run')} to train "
         f"({sum(r.recipe.factors.budget.images for r in new):,} images), {len(kept)} kept, "
         f"{several(due, 'measurement')} to make, "
-        f"{several(len(store.orphans), 'folder')} that this study does not ask for",
+        f"{several(len(store.orphans), 'folder')} that this study does not ask for"
+        + f"; left out: {several(len(left), 'run')}" * bool(left),
         highlight=False,
     )
+    for line in (*(f"  {why}" for why in left.values()), *unlike(store)):
+        console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
     if new and (expected := forecast(store, new, kind)):
         console.print(printable(expected), highlight=False, markup=False)
     for path in store.orphans:
@@ -214,6 +249,10 @@ def main(arguments: list[str] | None = None) -> int:
             value = getattr(options, name)
             if value is not None and not 0 <= value < 1e6:
                 raise StudyError(f"--{name} {value}: a number from 0 expected")
+        if options.minutes == 0 and not options.on:
+            raise StudyError(
+                "--minutes 0: a number above 0 expected; with --on slurm 0 means one run per job"
+            )
         if options.slurm and not options.on:
             raise StudyError(f"--slurm {options.slurm[0]}: only with --on slurm")
         if options.on and options.workers is not None:
@@ -224,15 +263,18 @@ def main(arguments: list[str] | None = None) -> int:
         check_whole({f.path: f.trained for f in store.folders.values()})
         if options.plan:
             check_weights(store, wanted, thorough=False)
-            show_plan(console, store, wanted, kind_of(options.device, bool(options.on)))
+            show_plan(console, store, wanted, kind_of(options.device, bool(options.on)),
+                      options.retry)  # fmt: skip
             if options.on:
                 submit(store, wanted, asked, options, console)
             return 0
         slots = [] if options.status or options.on else devices(options.device, options.workers)
         if not options.status:
-            fetch_data(study)
+            digests = fetch_data(study)
             check_weights(store, wanted, thorough=True)
             store.write_study(options.study)
+            for line in unlike(store, digests):  # before anything is spent
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
         if options.on and not options.status:
             submit(store, wanted, asked, options, console)
         elif slots:
@@ -254,13 +296,13 @@ def summary(console: Console, store: Store, wanted: list[Run]) -> int:
     """The state table, failures with reason and log, the next command; returns the exit status."""
     states, queue = store.states(), Queue(store.path)
     states |= {i: "queued" for i, s in states.items() if queue.due(i, store.folders[i], s)}
-    console.print(state_table(store.study, states))
-    blocked = {r.id: w for r in wanted if states[r.id] == "pending" and (w := store.blocked(r))}
-    counts = Counter("blocked" if r.id in blocked else states[r.id] for r in wanted)
+    told = outcomes(store, states)
+    console.print(state_table(store.study, told))
+    counts = Counter(told[r.id] for r in wanted)
     console.print(", ".join(f"{n} {state}" for state, n in counts.items()), highlight=False)
     for run in wanted:
         folder = store.folders[run.id]
-        if states[run.id] == "failed":
+        if told[run.id] == "failed":
             console.print(
                 f"failed: {label(run)}: {printable(folder.reason())}\n"
                 f"  log: {folder.file('log.txt')}\n"
@@ -269,14 +311,14 @@ def summary(console: Console, store: Store, wanted: list[Run]) -> int:
                 markup=False,
                 soft_wrap=True,
             )
-        elif (folder.trained or {}).get("outcome") == "diverged":
+        elif told[run.id] == "diverged":
             why = printable(str(folder.trained["reason"]))
             console.print(f"diverged: {label(run)}: {why}", highlight=False, markup=False)
-        elif run.id in blocked:
-            why = printable(blocked[run.id])
+        elif told[run.id] == "blocked":
+            why = printable(store.blocked(run) or "")
             console.print(f"blocked: {label(run)}: {why}", highlight=False, markup=False)
     names = {r.id: label(r) for r in store.study.unique.values()}
-    for line in queue.notes + queue.lines(states, names):
+    for line in unlike(store) + queue.notes + queue.lines(states, names):
         console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
     console.print(
         f"report: python analysis/report.py {store.path}  ->  "
@@ -286,9 +328,9 @@ def summary(console: Console, store: Store, wanted: list[Run]) -> int:
     )
     if counts["interrupted"] + counts["pending"]:
         console.print("work is left: the same command goes on from here", highlight=False)
-    if counts["failed"] or blocked:
+    if counts["failed"] or counts["blocked"]:
         return 1
-    return 0 if counts["done"] == len(wanted) else 3
+    return 0 if counts["done"] + counts["diverged"] == len(wanted) else 3
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ recipe with a seed. `resolve.load` makes a Study of a study file before anything
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated
@@ -136,6 +136,13 @@ class Study:
                 for r in self.runs
             ],
         }
+
+
+def meant(key: str, keys: Iterable[str]) -> str:
+    """What a word that is none of a study file's keys was meant for: it may be a key of one."""
+    below = {"base": Factors, "measure": Measure, "primary": Primary}
+    inside = (f"{at}.{key}" for at, kind in below.items() if key in kind.__struct_fields__)
+    return next((f"did you mean {path!r}?" for path in inside), nearest(key, keys))
 
 
 def compared(given: object, where: str, recipes: Sequence[Recipe]) -> tuple[tuple[str, str], ...]:

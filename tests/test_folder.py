@@ -526,7 +526,7 @@ measure: {{at: [1.0]}}
     ask += "weights: {}}}"
     for samples, said in (
         (9, "cell mine: measure.fid: 9 samples; it compares equal numbers, and"),
-        (8, f"{tmp_path / 'text.pth'}: cannot be read as weights"),
+        (8, f"cell mine: measure.fid: {tmp_path / 'text.pth'}: cannot be read as weights"),
     ):
         words = ["--results", str(tmp_path / "results"), "--device", "cpu"]
         given = ask.format(samples, tmp_path / "text.pth")

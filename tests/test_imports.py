@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 TORCH_FREE = ("errors", "values", "subjects", "factors", "metrics", "meaning",
               "halves", "identity", "layers", "settings", "spec", "domains", "checks",
               "resolve", "bounded", "limits", "store", "seeds", "budget", "sharing", "launch",
-              "entry", "progress", "places", "pinned", "forecast", "queued", "sealed",
+              "entry", "progress", "standing", "places", "pinned", "forecast", "queued", "sealed",
               "parameters", "jobs", "cluster", "run", "sample")  # fmt: skip
 HEAVY = {"torch", "torchvision", "torch_fidelity", "sklearn"}
 

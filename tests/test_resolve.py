@@ -346,6 +346,12 @@ def test_comparisons_beside_the_primary_change_no_run(tmp_path: Path) -> None:
      r"measure.fid.reference\[0\]: 'trian' given; did you mean 'train'"),
     ("variants.ct.score={kind: blend, alpha: 1, beta: 1, residual: gauss}",
      "variants.ct.score.residual: 'gauss' given; did you mean 'gaussian'"),
+    ("dropout=-1", "dropout: no such key; did you mean 'base.dropout'"),
+    ("repeat=0", "repeat: no such key; did you mean 'base.repeat'"),
+    ("optimizer.lr=1", "optimizer: no such key; did you mean 'base.optimizer'"),
+    ("fid.samples=9", "fid: no such key; did you mean 'measure.fid'"),
+    ("margin=0", "margin: no such key; did you mean 'primary.margin'"),
+    ("sead=0", "sead: no such key; did you mean 'seeds'"),
 ])  # fmt: skip
 def test_one_of_a_few_words_is_told_with_the_others(
     change: str, told: str, tmp_path: Path

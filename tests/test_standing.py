@@ -1,0 +1,169 @@
+"""What a user is told of runs beside their report: outcomes, and the data they stand on."""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from studies import TWO_MODES, trained, write
+
+from study import data, standing, worker
+from study.resolve import load
+from study.run import main
+from study.store import Folder, Store, append_line, write_json
+from study.subjects import Images
+
+Told = pytest.CaptureFixture[str]
+
+
+def command(folder: Path, *words: str) -> int:
+    """The command on the study in this folder."""
+    where = "--results", str(folder / "results"), "--device", "cpu", "--workers", "0"
+    return main([str(folder / "small.yaml"), *where, *words])
+
+
+def folders(folder: Path) -> dict[str, Folder]:
+    """Run folders by NAME-sSEED, made."""
+    store = Store(folder / "results", load(folder / "small.yaml"))
+    made = {f"{r.recipe.name}-s{r.seed}": store.folders[r.id] for r in store.study.runs}
+    for place in made.values():
+        place.path.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def ended(place: Folder, **changes: object) -> None:
+    """Training has ended, and whatever is asked of it is not there."""
+    told = trained(place.path.name.rpartition("-")[2], **changes)
+    write_json(place.file("trained.json"), told)
+
+
+def failed(place: Folder) -> None:
+    """The last attempt failed."""
+    append_line(place.file("attempts.jsonl"), {"event": "end", "reason": "no luck"})
+
+
+def rows(told: str) -> dict[str, list[str]]:
+    """The cells of the state table by the run's name."""
+    lines = (re.split(r"\s*│\s*", line.strip().strip("│").strip())
+             for line in told.splitlines() if line.startswith("│"))  # fmt: skip
+    return {name.removesuffix(" (source)"): cells for _, name, *cells in lines}
+
+
+def test_the_table_says_diverged_and_blocked(tmp_path: Path, capsys: Told) -> None:
+    write(tmp_path)
+    made = folders(tmp_path)
+    ended(made["edm-s0"], outcome="diverged", reason="at 64 images")
+    ended(made["ct-s0"], outcome="diverged", reason="at 64 images")
+    failed(made["edm-s1"])
+    assert command(tmp_path, "--status") == 1
+    told = capsys.readouterr().out
+    assert rows(told) == {"edm": ["diverged", "failed"], "ct": ["diverged", "pending"],
+                          "cd": ["blocked", "blocked"]}  # fmt: skip
+    counts = "2 diverged, 2 blocked, 1 failed, 1 pending"
+    assert sorted(counts.split(", ")) in [sorted(x.split(", ")) for x in told.splitlines()]
+    # a variant that diverged is an outcome, and waits for nothing
+    assert command(tmp_path, "--status", "--only", "ct-*-s0") == 0
+    assert "\n1 diverged\n" in capsys.readouterr().out
+    many = f"seeds={list(range(20))}"
+    assert command(tmp_path, "--status", "--set", many) == 1
+    assert "1 diverged, 19 pending" in " ".join(rows(capsys.readouterr().out)["ct"])
+
+
+def test_what_has_begun_is_blocked_too_once_it_cannot_go_on(tmp_path: Path, capsys: Told) -> None:
+    write(tmp_path)
+    made = folders(tmp_path)
+    ended(made["edm-s0"], outcome="diverged", reason="at 64 images")
+    append_line(made["cd-s0"].file("attempts.jsonl"), {"event": "start"})
+    assert command(tmp_path, "--status", "--only", "cd-*-s0") == 1
+    told = capsys.readouterr().out
+    assert rows(told)["cd"] == ["blocked", "pending"] and "work is left" not in told
+
+
+def test_a_plan_leaves_out_what_cannot_be_made(tmp_path: Path, capsys: Told) -> None:
+    write(tmp_path)
+    made = folders(tmp_path)
+    ended(made["edm-s0"], outcome="diverged", reason="at 64 images")
+    for name in ("edm-s1", "cd-s0"):
+        failed(made[name])
+    assert command(tmp_path, "--retry", "--plan") == 0
+    told = capsys.readouterr().out
+    assert rows(told)["cd"] == ["failed", "pending"]  # its source is tried again
+    told = " ".join(told.split())
+    assert "4 runs to train (5,120 images), 1 kept" in told and "left out: 1 run" in told
+    assert "cd-small-s0 left out: its source edm diverged" in told
+    assert command(tmp_path, "--plan") == 0
+    told = capsys.readouterr().out
+    assert rows(told)["cd"] == ["failed", "blocked"]
+    told = " ".join(told.split())
+    assert "2 runs to train (2,560 images), 1 kept" in told
+    assert "edm-s1 left out: failed; --retry tries it again" in told
+    assert "cd-small-s1 left out: its source edm failed" in told
+
+
+def test_zero_minutes_are_for_slurm(tmp_path: Path, capsys: Told) -> None:
+    write(tmp_path)
+    assert command(tmp_path, "--minutes", "0") == 2
+    assert "--minutes 0: a number above 0 expected" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_seeds_on_other_data_are_told_of(tmp_path: Path, capsys: Told) -> None:
+    study = write(tmp_path, TWO_MODES + "cells: {a: {batch: 32}, b: {}}\n")
+    store = Store(tmp_path / "results", load(study))
+    for run in store.study.runs:
+        digest = "beef0123" if (run.recipe.cell, run.seed) == ("b", 1) else "cafe0123"
+        store.folders[run.id].file("measures").mkdir(parents=True)
+        told = trained(run.id, data_digest=digest * 2)
+        write_json(store.folders[run.id].file("trained.json"), told)
+    said = ("b: seed 0 learned from data cafe0123, seed 1 learned from data beef0123: "
+            "seeds on different data are not pooled\n")  # fmt: skip
+    for word in ("--status", "--plan"):
+        command(tmp_path, word)
+        told = capsys.readouterr().out
+        assert f"\n{said}" in told and told.count("learned from") == 2
+    kind = store.study.recipes[0].factors.data
+    same, other = (standing.unlike(store, {kind: d * 2}) for d in ("cafe0123", "00000000"))
+    assert len(same) == 1 and "; the data are now cafe0123: " in same[0]
+    assert len(other) == 2 and other[0] == (
+        "a: seeds 0, 1 learned from data cafe0123; the data are now 00000000: seeds on different "
+        "data are not pooled")  # fmt: skip
+    assert not standing.unlike(Store(tmp_path / "none", load(study)), {kind: "0" * 16})
+
+
+def test_an_image_that_changed_between_two_seeds_is_told_before_training(
+    tmp_path: Path, capsys: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shades = random.Random(0)
+    (tmp_path / "images").mkdir()
+    for i in range(12):
+        values = np.array([shades.randrange(256) for _ in range(192)], np.uint8).reshape(8, 8, 3)
+        Image.fromarray(values).save(tmp_path / "images" / f"{i:02}.png")
+    write(tmp_path, f"""
+base:
+  data: {{kind: images, root: {tmp_path / 'images'}, held_out: 4}}
+  network: {{kind: unet, width: 4, levels: 1}}
+  budget: {{images: 16}}
+  batch: 8
+variants: {{ct: {{}}}}
+seeds: [0, 1]
+measure: {{at: [1.0]}}
+""")
+    kind = Images(root=str(tmp_path / "images"), held_out=4)
+    before = data.load(kind).digest
+    assert command(tmp_path, "--only", "ct-*-s0") == 0
+    assert command(tmp_path, "--only", "ct-*-s0") == 0
+    assert "learned from" not in capsys.readouterr().out  # they are the same still
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "images" / "03.png")
+    after = data.load(kind).digest
+    worker.load.cache_clear()  # each command is a process of its own
+    assert command(tmp_path) == 0
+    told = capsys.readouterr().out
+    first, _, rest = told.partition(" to work on")
+    assert (f"small: seed 0 learned from data {before[:8]}; the data are now {after[:8]}: seeds "
+            "on different data are not pooled\n") in first  # fmt: skip
+    assert f"seed 1 learned from data {after[:8]}" in rest
