@@ -25,11 +25,7 @@ from study.halves import check_whole
 from study.launch import Launcher, devices
 from study.parameters import parameters
 from study.places import present, weights_file
-<<<<<<< HEAD
-from study.progress import Display, label, state_table
-=======
-from study.progress import Display, label, outcomes, several, state_table
->>>>>>> bd7fd9bed3ac87dac68faa6010fa13eb6b3a3716
+from study.progress import Display, label, outcomes, state_table
 from study.queued import Queue
 from study.resolve import load
 from study.spec import Run, Study

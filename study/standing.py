@@ -13,7 +13,8 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from study.factors import FixedPoint
-from study.progress import MANY_SEEDS, several
+from study.errors import several
+from study.progress import MANY_SEEDS
 from study.store import Store
 from study.subjects import Data
 
