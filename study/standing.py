@@ -12,8 +12,8 @@ import hashlib
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
-from study.factors import FixedPoint
 from study.errors import several
+from study.factors import FixedPoint
 from study.progress import MANY_SEEDS
 from study.store import Store
 from study.subjects import Data
