@@ -11,6 +11,8 @@ from collections.abc import Iterable
 
 import pandas as pd
 
+from study.errors import listed
+
 PATHS = {"teacher": "the teacher's", "second_teacher": "the second teacher's",
          "population": "the population's", "empirical": "the training set's"}
 
@@ -36,12 +38,6 @@ def _told(key: str, value: str | None) -> str:
     if key == "data_digest":
         return f"data {value[:8]}"
     return f"{PATHS[value]} path" if key == "along" and value in PATHS else f"{key}={value}"
-
-
-def listed(what: str, values: Iterable[object]) -> str:
-    """Things by number or name, each once and in order: "seed 0", "seeds 0, 1"."""
-    found = sorted(set(values))
-    return f"{what}{'s' * (len(found) > 1)} {', '.join(map(str, found))}"
 
 
 def standing(row: pd.Series) -> str:

@@ -14,9 +14,8 @@ from typing import Any
 import pandas as pd
 
 from analysis import shared
-from analysis.identities import listed
 from analysis.load import Study
-from study.errors import several
+from study.errors import listed, several
 
 # column, its name in a sentence, the factors that must be alike for it to have to be equal
 CHECKS = (("images_total", "own + charged images", ()), ("data_digest", "the data", ()),

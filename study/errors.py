@@ -30,3 +30,9 @@ def nearest(given: object, allowed: Iterable[object]) -> str:
 def several(n: float, what: str) -> str:
     """A number of things: "1 seed", "2 seeds", "2 mismatches"."""
     return f"{n:,.0f} {what}" + ("" if n == 1 else "es" if what.endswith("ch") else "s")
+
+
+def listed(what: str, values: Iterable[object]) -> str:
+    """Things by number or name, each once and in order: "seed 0", "seeds 0, 1"."""
+    found = sorted(set(values))
+    return f"{what}{'s' * (len(found) > 1)} {', '.join(map(str, found))}"

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
-from study.errors import several
+from study.errors import listed, several
 from study.factors import FixedPoint
 from study.progress import MANY_SEEDS
 from study.store import Store
@@ -56,6 +56,5 @@ def unlike(store: Store, now: Mapping[Data, str] | None = None) -> list[str]:
 
 
 def _named(seeds: Collection[int]) -> str:
-    if len(seeds) > MANY_SEEDS:
-        return several(len(seeds), "seed")
-    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, sorted(seeds)))}"
+    many = len(seeds) > MANY_SEEDS
+    return several(len(seeds), "seed") if many else listed("seed", seeds)

@@ -103,6 +103,7 @@ def work(run: Run, sources: Mapping[str, Run], folders: Mapping[str, Folder], de
 
     folder = folders[run.id]
     before = {s: signal.signal(s, ask_to_stop) for s in STOP_SIGNALS}
+    # the fork server hears none of them, nor does its child so far; Ctrl-C is the launcher's
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {*STOP_SIGNALS} - {signal.SIGINT})
     try:
         with folder.lock() as mine:

@@ -55,6 +55,20 @@ def replaced(old: str, new: str) -> str:
     return TWO_MODES.replace(old, new)
 
 
+def of_images(root: Path, seeds: list[int]) -> str:
+    """A study of a folder of small images."""
+    return f"""
+base:
+  data: {{kind: images, root: {root}, held_out: 4}}
+  network: {{kind: unet, width: 4, levels: 1}}
+  budget: {{images: 16}}
+  batch: 8
+variants: {{ct: {{}}}}
+seeds: {seeds}
+measure: {{at: [1.0]}}
+"""
+
+
 def content(results: Path, name: str = "small") -> dict[str, object]:
     """Everything that must be the same whenever and however a study was run: snapshots by digest,
     logs and measurements without their seconds."""

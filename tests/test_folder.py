@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from studies import of_images
 
 from study import folder
 from study.errors import StudyError
@@ -513,15 +514,7 @@ def test_more_samples_than_images_and_unreadable_weights_are_told_before_trainin
         file.write_bytes(encoded(pixels(i)))
     (tmp_path / "text.pth").write_text("no weights")
     study = tmp_path / "mine.yaml"
-    study.write_text(f"""
-base:
-  data: {{kind: images, root: {tmp_path / 'images'}, held_out: 4}}
-  network: {{kind: unet, width: 4, levels: 1}}
-  budget: {{images: 16}}
-  batch: 8
-variants: {{ct: {{}}}}
-measure: {{at: [1.0]}}
-""")
+    study.write_text(of_images(tmp_path / "images", [0]))
     ask = "measure.fid={{extractor: inception-v3-compat, samples: {}, reference: [train], "
     ask += "weights: {}}}"
     for samples, said in (

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from studies import TWO_MODES, trained, write
+from studies import TWO_MODES, of_images, trained, write
 
 from study import data, standing, worker
 from study.resolve import load
@@ -143,16 +143,7 @@ def test_an_image_that_changed_between_two_seeds_is_told_before_training(
     for i in range(12):
         values = np.array([shades.randrange(256) for _ in range(192)], np.uint8).reshape(8, 8, 3)
         Image.fromarray(values).save(tmp_path / "images" / f"{i:02}.png")
-    write(tmp_path, f"""
-base:
-  data: {{kind: images, root: {tmp_path / 'images'}, held_out: 4}}
-  network: {{kind: unet, width: 4, levels: 1}}
-  budget: {{images: 16}}
-  batch: 8
-variants: {{ct: {{}}}}
-seeds: [0, 1]
-measure: {{at: [1.0]}}
-""")
+    write(tmp_path, of_images(tmp_path / "images", [0, 1]))
     kind = Images(root=str(tmp_path / "images"), held_out=4)
     before = data.load(kind).digest
     assert command(tmp_path, "--only", "ct-*-s0") == 0
