@@ -1,7 +1,9 @@
-"""The step's fast form on a GPU: networks compiled, loss and gradient replayed as one CUDA graph.
+"""The step's fast form on a GPU: networks compiled, and loss, gradient and the optimiser's update
+replayed as one CUDA graph.
 
-The arithmetic is that of `Problem.loss` and `backward`: the graph holds the kernels that they
-launch, on buffers that every batch is copied into. On a CPU the same step runs as it is written.
+The arithmetic is that of `Problem.loss`, `backward` and the optimiser: the graph holds the kernels
+that they launch, on buffers that every batch is copied into. On a CPU the same step runs as it is
+written.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ from study.data import Batch
 from study.errors import StudyError
 from study.losses import Problem
 
-WARM_UP = 3  # steps before the capture, in which kernels are compiled and workspaces made
+WARM_UP = 3  # gradients before the capture, in which kernels are compiled and workspaces made
 
-Gradient = Callable[[Batch, float, float], Tensor]  # leaves d loss / d w in w.grad; the loss
+Step = Callable[[Batch, float, float], Tensor]  # of a batch, N and progress: the loss
 
 
 def usable(name: str) -> torch.device:
@@ -53,29 +55,50 @@ def in_rows(function: Function, rows: int, device: torch.device) -> Function:
     return padded if device.type == "cuda" else function
 
 
-def gradient(problem: Problem, example: Batch) -> Gradient:
-    """The loss of a batch and, in the parameters' .grad, its gradient. example: any batch."""
-    if example.x.device.type == "cuda":
-        return Captured(problem, example)
+def step(problem: Problem, optimizer: torch.optim.Optimizer, example: Batch) -> Step:
+    """One update of the weights of problem.net on a batch; its gradient stays in their .grad.
+    example: any batch. The optimiser is as it was until the first call."""
+    cuda = example.x.is_cuda
+    for group in optimizer.param_groups:
+        group["capturable"] = cuda
+    if cuda:
+        return Captured(problem, optimizer, example)
 
     def plain(batch: Batch, N: float, progress: float) -> Tensor:
         problem.net.zero_grad()
         loss = problem.loss(batch, N, progress)
         loss.backward()
+        optimizer.step()
         return loss.detach()
 
     return plain
 
 
-class Captured:
-    """Loss and backward pass as one CUDA graph. The graph owns the gradients and the loss: they
-    hold until the next call. Weights are read where they lie, so an optimiser may move them."""
+def begun(optimizer: torch.optim.Optimizer) -> None:
+    """Makes the optimiser's state, where it has none yet: by a step along gradients of zero, which
+    moves nothing, and is not counted. A count that a CPU made goes where the weights are."""
+    weights = [w for group in optimizer.param_groups for w in group["params"]]
+    if not optimizer.state:
+        for w in weights:
+            w.grad = torch.zeros_like(w)
+        optimizer.step()
+        for w in weights:
+            optimizer.state[w]["step"].zero_()
+    for w in weights:
+        optimizer.state[w]["step"] = optimizer.state[w]["step"].to(w.device)
 
-    def __init__(self, problem: Problem, example: Batch) -> None:
+
+class Captured:
+    """Loss, backward pass and update as one CUDA graph. The graph owns the gradients and the loss:
+    they hold until the next call. Weights and the optimiser's state are read and moved where they
+    lie."""
+
+    def __init__(self, problem: Problem, optimizer: torch.optim.Optimizer, example: Batch) -> None:
         self.batch = Batch(*(getattr(example, f.name).clone() for f in fields(Batch)))
         self.N, self.progress = (
             torch.tensor(value, dtype=torch.float64, device=example.x.device) for value in (2, 1)
         )
+        begun(optimizer)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -88,10 +111,11 @@ class Captured:
         with torch.cuda.graph(self.graph):
             loss = problem.loss(self.batch, self.N, self.progress)
             loss.backward()
+            optimizer.step()
         self.loss = loss.detach()
 
     def __call__(self, batch: Batch, N: float, progress: float) -> Tensor:
-        """The loss (scalar); nothing waits for the GPU."""
+        """The loss (scalar) before the update; nothing waits for the GPU."""
         for f in fields(Batch):
             getattr(self.batch, f.name).copy_(getattr(batch, f.name))
         self.N.fill_(N)

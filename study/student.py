@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from study import schedules
-from study.capture import compiled, gradient
+from study.capture import compiled, step
 from study.data import Dataset, Draws
 from study.models import Lookup, initial, make_optimizer, make_problem
 from study.spec import Run
@@ -77,8 +77,8 @@ class Student:
         return flops()
 
     def capture(self) -> None:
-        """Makes the step in its fast form, on fresh gradients. Before the first update."""
-        self.step = gradient(self.problem, self.draws(0, self.factors.batch))
+        """Makes the step in its fast form. Before the first update."""
+        self.step = step(self.problem, self.optimizer, self.draws(0, self.factors.batch))
 
     def update(self, images: int) -> tuple[Tensor, int]:
         """One update after so many images: its loss, not waited for, and N."""
@@ -86,7 +86,6 @@ class Student:
         progress = images / factors.budget.images
         N = schedules.grid_points(factors.discretization, progress)
         loss = self.step(self.draws(images, factors.batch), N, progress)
-        self.optimizer.step()
         average(self.averages, self.weights, self.gammas, images // factors.batch + 1)
         for name, follower in self.followers.items():
             decay = (

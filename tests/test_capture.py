@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
@@ -11,10 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from study import losses, networks
-from study.capture import Captured, compiled, gradient, in_rows
+from study.capture import Captured, begun, compiled, in_rows, step
 from study.data import Batch, Draws, load
-from study.factors import Analytic, Budget, Denoising, Ema, Factors, Heun, Sigma, UniformGrid
+from study.factors import (
+    Adam,
+    Analytic,
+    Budget,
+    Denoising,
+    Ema,
+    Factors,
+    Heun,
+    RAdam,
+    Sigma,
+    UniformGrid,
+)
 from study.losses import Problem
+from study.models import make_optimizer
 from study.scores import Knowledge
 from study.subjects import Mixture, Mlp
 
@@ -102,21 +115,30 @@ def test_on_a_cpu_the_function_is_called_as_it_is() -> None:
     assert in_rows(function, 8, CPU) is function
 
 
-# --- the gradient ---
+# --- the update ---
+
+
+def optimizers(net: nn.Module) -> dict[str, torch.optim.Optimizer]:
+    made = {"adam": Adam(lr=0.01), "radam": RAdam(lr=0.01)}
+    return {name: make_optimizer(kind, net) for name, kind in made.items()}
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradient_is_autograds_of_one_batch_alone(case: str) -> None:
+def test_an_update_is_the_optimisers_along_autograds_gradient(case: str) -> None:
     one = problem(case)
     weights = list(one.net.parameters())
-    step = gradient(one, batch(0))
-    step(batch(1), 10, 1.0)  # a step before leaves nothing behind
-    loss = step(batch(2), 7, 1.0)
+    optimizer = torch.optim.SGD(weights, lr=0.5)
+    update = step(one, optimizer, batch(0))
+    update(batch(1), 10, 1.0)  # an update before leaves nothing behind
     expected = one.loss(batch(2), 7)
+    gradients = torch.autograd.grad(expected, weights)
+    moved = [(w - 0.5 * g).detach() for w, g in zip(weights, gradients, strict=True)]
+    loss = update(batch(2), 7, 1.0)
     assert not loss.requires_grad and torch.equal(loss, expected.detach())
-    for found, g in zip(weights, torch.autograd.grad(expected, weights), strict=True):
-        assert torch.equal(found.grad, g)
-    assert sum(w.grad.abs().sum().item() for w in weights) > 0
+    for w, g, at in zip(weights, gradients, moved, strict=True):
+        assert torch.equal(w.grad, g)
+        torch.testing.assert_close(w, at)
+    assert sum(g.abs().sum().item() for g in gradients) > 0
 
 
 def test_compiled_network_on_a_cpu_is_the_network() -> None:
@@ -124,23 +146,62 @@ def test_compiled_network_on_a_cpu_is_the_network() -> None:
     assert compiled(net, CPU) is net and net._compiled_call_impl is None
 
 
+@pytest.mark.parametrize("kind", ["adam", "radam"])
+def test_a_state_made_beforehand_changes_no_update(kind: str) -> None:
+    nets = [problem("ct").net for _ in range(2)]
+    early, late = (optimizers(net)[kind] for net in nets)
+    begun(early)
+    assert not late.state and all(s["step"] == 0 for s in early.state.values())
+    for i in range(8):  # RAdam's first five updates are of another kind
+        for net, optimizer in zip(nets, (early, late), strict=True):
+            for j, w in enumerate(net.parameters()):
+                w.grad = torch.full_like(w, 0.1 * (i - 2) + 0.01 * j)
+            optimizer.step()
+        begun(early)  # what has begun is left alone
+    for w, v in zip(*(net.parameters() for net in nets), strict=True):
+        assert torch.equal(w, v)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a captured step needs a GPU")
+@pytest.mark.parametrize("kind", ["adam", "radam"])
 @pytest.mark.parametrize("case", CASES)
-def test_a_captured_step_is_the_plain_step(case: str) -> None:
+def test_a_captured_step_is_the_plain_step(case: str, kind: str) -> None:
     one, plain = problem(case, CUDA), problem(case, CUDA)
-    step = gradient(one, batch(0, device=CUDA))
-    assert isinstance(step, Captured)
-    for i, N in [(1, 10), (2, 7), (3, 2)]:
-        loss = step(batch(i, device=CUDA), N, 1.0)
+    other = optimizers(plain.net)[kind]
+    first = [w.clone() for w in one.net.parameters()]
+    update = step(one, optimizers(one.net)[kind], batch(0, device=CUDA))
+    assert isinstance(update, Captured)
+    assert all(map(torch.equal, one.net.parameters(), first))  # nothing moves before the first
+    for i, N in [(1, 10), (2, 7), (3, 2), (4, 5), (5, 5), (6, 9), (7, 3)]:
+        loss = update(batch(i, device=CUDA), N, 1.0)
         plain.net.zero_grad()
         expected = plain.loss(batch(i, device=CUDA), N)
         expected.backward()
+        other.step()
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-7)
         with torch.no_grad():
             for w, v in zip(one.net.parameters(), plain.net.parameters(), strict=True):
                 torch.testing.assert_close(w.grad, v.grad, rtol=1e-4, atol=1e-6)
-                w -= 0.01 * v.grad  # the graph reads weights where they lie
-                v -= 0.01 * v.grad
+                torch.testing.assert_close(w, v, rtol=1e-4, atol=1e-5)
+                v.copy_(w)  # Adam divides rounding by rounding: it is not to add up
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a captured step needs a GPU")
+@pytest.mark.parametrize("kind", ["adam", "radam"])
+def test_a_captured_step_goes_on_from_a_saved_state(kind: str) -> None:
+    whole, cut = problem("ct", CUDA), problem("ct", CUDA)
+    optimizer = optimizers(whole.net)[kind]
+    update = step(whole, optimizer, batch(0, device=CUDA))
+    for i in range(8):
+        if i == 5:
+            cut.net.load_state_dict(whole.net.state_dict())
+            again = optimizers(cut.net)[kind]
+            again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            resumed = step(cut, again, batch(0, device=CUDA))
+        update(batch(i, device=CUDA), 10, 1.0)
+        if i >= 5:
+            resumed(batch(i, device=CUDA), 10, 1.0)
+    assert all(map(torch.equal, whole.net.parameters(), cut.net.parameters()))
 
 
 # --- the target's pass beside the student's ---
