@@ -147,7 +147,12 @@ def bench(
         if not runs:
             raise StudyError(f"{options.study}: no step fits into this GPU's memory")
         first = next(iter(runs.values()))
-        strict = None if options.steps_only else determinism(here, first, options.steps)
+        strict = None
+        if not options.steps_only:
+            try:
+                strict = determinism(here, first, options.steps)
+            except torch.OutOfMemoryError:
+                console.print("determinism: kernels chosen by speed alone do not fit into memory")
     names = {f"{r.recipe.name}-{r.recipe.cell}": rows[k] for k, r in runs.items()}
     console.print(table(names, ceilings))
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "one CPU thread"

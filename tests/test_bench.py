@@ -10,8 +10,8 @@ import pytest
 import torch
 from studies import TWO_MODES, read, replaced, write
 
+from study import measure, worker
 from study import run as command
-from study import worker
 from study.bench import kept, main
 from study.capture import usable
 from study.errors import StudyError
@@ -132,6 +132,29 @@ def test_out_of_memory_says_the_batch_that_would_fit(
     )
     assert folder.reason() == expected
     assert not folder.file("trained.json").exists()
+
+
+def test_out_of_memory_in_a_measurement_names_it_and_keeps_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = load(write(tmp_path))
+    store = Store(tmp_path / "results", study)
+    run = next(r for r in study.runs if r.recipe.role == "teacher")
+
+    plain, calls = measure.evaluate.sliced_wasserstein, []
+
+    def full(*given: object) -> float:
+        calls.append(given)
+        if len(calls) > 2:  # samples and the floor, at half of training
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(*given)
+
+    monkeypatch.setattr(measure.evaluate, "sliced_wasserstein", full)
+    assert worker.work(run, study.unique, store.folders, "cpu") == worker.FAILED
+    folder = store.folders[run.id]
+    expected = "measure.sliced_wasserstein: this GPU's memory does not hold it; ask for less of it"
+    assert folder.reason().startswith(expected)
+    assert folder.trained and len(list(folder.path.glob("measures/*"))) == 1
 
 
 def test_nothing_trained_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
