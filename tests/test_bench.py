@@ -139,13 +139,12 @@ def test_out_of_memory_in_a_measurement_names_it_and_keeps_the_others(
 ) -> None:
     study = load(write(tmp_path))
     store = Store(tmp_path / "results", study)
-    run = next(r for r in study.runs if r.recipe.role == "teacher")
-
+    run = next(r for r in study.runs if r.recipe.name == "ct")
     plain, calls = measure.evaluate.sliced_wasserstein, []
 
     def full(*given: object) -> float:
         calls.append(given)
-        if len(calls) > 2:  # samples and the floor, at half of training
+        if len(calls) > 2:  # of samples, and of the floor, at half of training
             raise torch.OutOfMemoryError("CUDA out of memory")
         return plain(*given)
 
