@@ -178,6 +178,9 @@ def test_training_command_reads_a_folder_and_writes_the_same_bytes_again(
 def test_training_command_tells_what_is_wrong(
     copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    shutil.rmtree(copy / "test" / "c")
+    assert train.main(["cifar10", "--root", str(copy)]) == 2
+    assert f"{copy}: train and test have other classes" in capsys.readouterr().err
     shutil.rmtree(copy / "test")
     assert train.main(["cifar10", "--root", str(copy)]) == 2
     assert str(copy) in capsys.readouterr().err

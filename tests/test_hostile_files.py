@@ -166,16 +166,6 @@ def test_many_images_that_come_to_more_than_memory(
         ["a.zip", "cache"], ["a.zip"])  # fmt: skip
 
 
-def test_a_table_of_labels_longer_than_its_images(tmp_path: Path) -> None:
-    table = b'{"labels": [' + b",".join([b'["", 0]'] * 2_000_000) + b"]}"
-    path = zipped(tmp_path / "a.zip", {**parts(), "dataset.json": table})
-    assert path.stat().st_size < 100_000
-    before = peak()
-    with pytest.raises(StudyError, match="dataset.json: .*15999999 bytes for 2 images|bytes for"):
-        folder.load(path, None)
-    assert peak() - before < 50_000  # KiB
-
-
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
 def test_an_image_that_never_ends(make: Callable[[Path], None], tmp_path: Path) -> None:
     for name in ("train/0.png", "test/0.png"):

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from study import cifar10, folder
+from study.errors import StudyError
 
 SEED = 20240305
 
@@ -36,11 +37,17 @@ def split(root: Path | None = None) -> Split:
 
 
 def split_any(root: Path | None = None) -> Split:
-    """The same, where root may also be a folder (or zip) of images, train/CLASS and test/CLASS."""
+    """The same, where root may also be a folder (or zip) of images, train/CLASS and test/CLASS.
+    Raises StudyError where the two have not the same classes."""
     if root is None or cifar10.find(root):
         return split(root)
-    parts = folder.load(root, None)
-    return _halved({"train": parts["train"], "test": parts["held_out"]})
+    images, paths = zip(*folder.load(root, None).values(), strict=True)
+    names = [[Path(path).parent.name for path in part] for part in paths]
+    (known, train), (others, test) = (np.unique(part, return_inverse=True) for part in names)
+    if not np.array_equal(known, others):
+        raise StudyError(f"{root}: train and test have other classes; allowed: train/CLASS and "
+                         "test/CLASS, of the same classes")  # fmt: skip
+    return _halved({"train": (images[0], train), "test": (images[1], test)})
 
 
 def _halved(parts: Split) -> Split:
