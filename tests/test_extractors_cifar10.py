@@ -12,7 +12,7 @@ from PIL import Image
 from torch.nn import functional
 
 from study.cifar10 import DEFAULT_ROOT
-from study.data import to_float, to_uint8
+from study.data import planes, to_float, to_uint8
 from study.extractors import cifar10, train
 from study.extractors.load import EXTRACTORS, FOLDER, Extractor, load
 
@@ -42,8 +42,8 @@ def seen(extractor: Extractor, split: Split) -> tuple[torch.Tensor, torch.Tensor
     """Features of all held-out and of MANY training images, those not in order of class."""
     rows = np.random.default_rng(0).permutation(len(split["train"][1]))[:MANY]
     return (
-        features(extractor, train.tensor(split["held_out"][0])),
-        features(extractor, train.tensor(split["train"][0][rows])),
+        features(extractor, planes(split["held_out"][0])),
+        features(extractor, planes(split["train"][0][rows])),
     )
 
 
@@ -117,7 +117,7 @@ def test_fid_rises_with_noise_blur_tint_and_ghosts(
 ) -> None:
     rows = some(split, MANY)
     floor = fid(seen[0][rows], seen[1])
-    x = to_float(train.tensor(split["held_out"][0][rows]))
+    x = to_float(planes(split["held_out"][0][rows]))
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(x.shape, generator=generator)
     smooth = functional.avg_pool2d(x, 3, 1, 1)

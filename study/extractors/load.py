@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from study.data import to_float
 from study.errors import StudyError
 
 FOLDER = Path(__file__).parent
@@ -91,7 +92,7 @@ class Extractor(nn.Module):
                 f"{self.name} takes uint8 images (B, {', '.join(map(str, expected))}), "
                 f"got {images.dtype} {tuple(images.shape)}"
             )
-        return self.network(images.float() / 127.5 - 1)
+        return self.network(to_float(images))
 
     def classes(self, images: Tensor) -> Tensor:
         """Class logits (B, classes) of uint8 images, for histograms of what was generated."""

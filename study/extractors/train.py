@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from study.data import planes, to_float
 from study.errors import StudyError
 from study.extractors import cifar10, digits, fashion_mnist
 from study.extractors.load import EXTRACTORS, FOLDER, Shape, SmallCNN
@@ -70,7 +71,7 @@ def train(images: np.ndarray, labels: np.ndarray, shape: Shape, recipe: Recipe) 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(SEED)
-    x = tensor(images).float() / 127.5 - 1
+    x = to_float(planes(images))
     y = torch.from_numpy(labels).long()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)  # initial weights and dropout take no generator
@@ -128,15 +129,9 @@ def augment(
 def classes(network: SmallCNN, images: np.ndarray) -> np.ndarray:
     """The likeliest class (n,) of each of the images (n, size, size) or (n, size, size, channels),
     uint8."""
-    chunks = tensor(images).split(CHUNK)
-    found = [network.head(network(x.float() / 127.5 - 1)).argmax(1) for x in chunks]
+    chunks = planes(images).split(CHUNK)
+    found = [network.head(network(to_float(x))).argmax(1) for x in chunks]
     return torch.cat(found).numpy()
-
-
-def tensor(images: np.ndarray) -> Tensor:
-    """Images (n, S, S) or (n, S, S, C) as (n, C, S, S)."""
-    images = images[..., None] if images.ndim == 3 else images
-    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
 
 def write(network: SmallCNN, path: Path) -> None:
