@@ -15,7 +15,7 @@ from study import data
 from study.data import to_float, to_uint8
 from study.errors import StudyError
 from study.extractors import fashion_mnist, train
-from study.extractors.load import EXTRACTORS, FOLDER, Extractor, load
+from study.extractors.load import EXTRACTORS, Extractor, load
 from study.fashion_mnist import DEBIAN, FILES
 from study.subjects import FashionMnist
 
@@ -111,31 +111,6 @@ def test_split_of_the_published_files_is_the_one_the_weights_were_trained_on(spl
         assert np.bincount(labels).tolist() == [SIZES[name] // 10] * 10
         digest.update(images.tobytes() + labels.tobytes())
     assert digest.hexdigest()[:16] == "eb7785cb0efb1afb"
-
-
-def test_features_and_digest(extractor: Extractor, made: Path) -> None:
-    images = as_tensor(fashion_mnist.split(made)["train"][0])
-    features = extractor(images)
-    assert features.shape == (100, 64) and features.dtype == torch.float32
-    assert not features.requires_grad
-    assert extractor.classes(images).shape == (100, 10)
-    torch.testing.assert_close(extractor(images[:7]), features[:7])
-    content = (FOLDER / f"{NAME}.pt").read_bytes()
-    assert extractor.digest == hashlib.sha256(content).hexdigest()[:8] == "f0792c2e"
-    assert extractor.name == NAME and len(content) < 2_000_000
-
-
-@pytest.mark.parametrize(
-    "images",
-    [
-        torch.zeros(2, 1, 28, 28),
-        torch.zeros(2, 28, 28, dtype=torch.uint8),
-        torch.zeros(2, 1, 8, 8, dtype=torch.uint8),
-    ],
-)
-def test_other_images_are_refused(extractor: Extractor, images: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"takes uint8 images \(B, 1, 28, 28\), got"):
-        extractor(images)
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,8 @@ from torch.nn import functional
 from study.data import planes, to_float
 from study.errors import StudyError
 from study.extractors import cifar10, digits, fashion_mnist
-from study.extractors.load import EXTRACTORS, FOLDER, Shape, SmallCNN
+from study.extractors.load import EXTRACTORS, Shape, SmallCNN
+from study.extractors.names import FOLDER
 
 SEED = 0
 BATCH = 100
