@@ -13,7 +13,6 @@ images, train/CLASS and test/CLASS.
 import argparse
 import io
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from study.errors import StudyError
 from study.extractors import cifar10, digits, fashion_mnist
 from study.extractors.load import EXTRACTORS, Shape, SmallCNN
 from study.extractors.names import FOLDER
+from study.store import write_bytes
 
 SEED = 0
 BATCH = 100
@@ -136,12 +136,10 @@ def classes(network: SmallCNN, images: np.ndarray) -> np.ndarray:
 
 
 def write(network: SmallCNN, path: Path) -> None:
-    """Write the state_dict, by os.replace. The buffer keeps the file's name out of its bytes."""
+    """Write the state_dict, whole. The buffer keeps the file's name out of its bytes."""
     buffer = io.BytesIO()
     torch.save(network.state_dict(), buffer)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_bytes(buffer.getvalue())
-    os.replace(part, path)
+    write_bytes(path, buffer.getvalue())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
