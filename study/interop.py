@@ -130,21 +130,13 @@ def _safetensors(path: Path) -> Outside:
     return Outside(path, tensors, **msgspec.structs.asdict(about))
 
 
-def write(
-    path: Path,
-    weights: Mapping[str, Tensor],
-    network: Mapping[str, Any],
-    objective: str,
-    sigma: Sigma,
-    shape: tuple[int, ...],
-    precision: str,
-) -> None:
-    """A .safetensors file whose metadata say, as JSON under one key (several would come in any
-    order), what network this is and of what: whole or not at all. sigma: with `data` known."""
-    about = _About(dict(network), objective, msgspec.to_builtins(sigma), shape, precision)
-    tensors = {name: w.contiguous() for name, w in weights.items()}
+def write(weights: Outside) -> None:
+    """Its .safetensors file, whose metadata say, as JSON under one key (several would come in any
+    order), what network this is and of what, all of it known: whole or not at all."""
+    about = {name: getattr(weights, name) for name in _About.__struct_fields__}
+    tensors = {name: w.contiguous() for name, w in weights.tensors.items()}
     metadata = {KEY: msgspec.json.encode(about).decode()}
-    write_bytes(path, safetensors.torch.save(tensors, metadata))
+    write_bytes(weights.path, safetensors.torch.save(tensors, metadata))
 
 
 # --- EDM's and ECT's snapshots ---

@@ -68,11 +68,11 @@ class Saved:
 
     def export(self, path: Path) -> None:
         """Writes them as .safetensors, with what another program needs to use them."""
-        network = msgspec.to_builtins(self.network)
+        network, sigma = msgspec.to_builtins(self.network), msgspec.to_builtins(self.sigma)
         kind = self.objective.__struct_config__.tag
-        interop.write(
-            path, self.weights, network, kind, self.sigma, self.shape, self.precision
-        )
+        interop.write(interop.Outside(
+            path, self.weights, network, kind, sigma, self.shape, self.precision
+        ))  # fmt: skip
 
 
 def load(path: Path, at: float, ema: str | None) -> Saved:

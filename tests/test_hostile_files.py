@@ -17,7 +17,6 @@ from PIL import Image
 
 from study import cifar10, folder, interop, reference
 from study.errors import StudyError
-from study.factors import Sigma
 from study.sample import main as sample
 from study.weights import load_tensors, save_tensors
 
@@ -100,6 +99,12 @@ def test_a_packed_or_forged_cache_is_none(read: Callable, tmp_path: Path) -> Non
         assert read(path) is None
 
 
+def tiny(path: Path, network: dict, shape: tuple[int, ...]) -> interop.Outside:
+    """Two numbers that are said to be of a network."""
+    levels = {"min": 0.002, "max": 80.0, "data": 0.5}
+    return interop.Outside(path, {"w": torch.zeros(2)}, network, "consistency", levels, shape)
+
+
 @pytest.mark.parametrize("network", [
     {"kind": "mlp", "width": 65_536, "depth": 64}, {"kind": "unet", "width": 4096, "levels": 6},
     {"kind": "ddpmpp", "width": 4096, "mult": [16, 16, 16], "blocks": 8, "attention": []},
@@ -108,8 +113,7 @@ def test_a_network_that_its_file_does_not_hold_is_not_made(network: dict, tmp_pa
     """It would take from 200 GB to 4 TB."""
     path, before = tmp_path / "net.safetensors", peak()
     shape = (2,) if network["kind"] == "mlp" else (1, 64, 64)
-    interop.write(path, {"w": torch.zeros(2)}, network, "consistency", Sigma(data=0.5), shape,
-                  "float32")  # fmt: skip
+    interop.write(tiny(path, network, shape))
     assert sample([str(path), "--out", str(tmp_path / "x.npy")]) == 2
     assert sorted(os.listdir(tmp_path)) == ["net.safetensors"]
     assert peak() - before < 300_000  # KiB
@@ -120,8 +124,7 @@ def test_the_same_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     for shape, told in (((2,), "the weights do not fit"), ((3, 64, 32), "square grey or RGB"),
                         ((7, 8, 8), "square grey or RGB"), ((1, 4096, 4096), "up to 1024"),
                         ((2, 2), "(d,) or (C, S, S)"), ((-1,), "(d,) or")):  # fmt: skip
-        interop.write(path, {"w": torch.zeros(2)}, {"kind": "mlp"}, "consistency",
-                      Sigma(data=0.5), shape, "float32")  # fmt: skip
+        interop.write(tiny(path, {"kind": "mlp"}, shape))
         assert sample([str(path), "--out", str(tmp_path / "x.npy")]) == 2
         assert told in capsys.readouterr().err
 
