@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from study import subjects
-from study.data import Dataset, load, to_float, to_uint8
+from study.data import Dataset, load, to_float
 from study.errors import StudyError
 from study.folder import kept
 from study.identity import digest
@@ -39,7 +39,7 @@ FIT = 1  # raise it when the same images and settings come to another fit
 NU = 20.0  # weight of W in images: of 2 .. 50 best in cross-validation on the training digits
 FLOOR = 0.01  # smallest s_k, about one grey level: the density is never degenerate
 ROUNDS = 4  # of moving images to their likeliest component
-SIDE, FRAME = 10, -0.25  # of the picture: images a side, grey of the frame
+SIDE = 5  # of the picture: images of either kind in a row
 
 
 @contextmanager
@@ -151,23 +151,12 @@ def likelihoods(real: Dataset, mixture: LowRankMixture) -> tuple[float, float]:
 
 def picture(real: Dataset, mixture: LowRankMixture) -> bytes:
     """PNG: real held-out images on the left, as many draws of the mixture on the right."""
-    from PIL import Image
-    from torchvision.utils import make_grid
+    from study.measure import grid
 
-    drawn = mixture.sample(SIDE**2, torch.Generator().manual_seed(0))
-    halves = [
-        make_grid(x[: SIDE**2].clamp(-1, 1), nrow=SIDE, padding=1, pad_value=FRAME)
-        for x in (to_float(real.held_out), drawn)
-    ]
-    gap = torch.ones(3, halves[0].shape[1], 4)
-    pixels = to_uint8(torch.cat([halves[0], gap, halves[1]], 2)).permute(1, 2, 0).numpy()
-    image = Image.fromarray(pixels)
-    scale = max(1, 800 // image.width)
-    file = io.BytesIO()
-    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(
-        file, "png"
-    )
-    return file.getvalue()
+    n = 2 * SIDE * SIDE
+    drawn = mixture.sample(n, torch.Generator().manual_seed(0))
+    halves = [x.unflatten(0, (-1, SIDE)) for x in (to_float(real.held_out[:n]), drawn)]
+    return grid(torch.cat(halves, 1).flatten(0, 1))
 
 
 def main(words: Sequence[str] | None = None) -> int:
