@@ -36,6 +36,7 @@ READ = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 REFUSED = (".avif", ".gif", ".pgm", ".ppm", ".tif", ".tiff")  # never left out in silence
 MODES = {"1": "L", "L": "L", "LA": "L", "P": "RGB", "RGB": "RGB", "RGBA": "RGB"}
 HELD_OUT = ("held_out", "test", "val")  # the first that is there; the others are not read
+ALLOWED = "allowed: a folder or a zip archive of images"
 SIDE = 1024  # pixels; an image that says it has more is not decoded
 LARGEST = 1 << 27  # bytes of one file or archive member
 FREE, RATIO = 1 << 30, 100  # bytes that images may come to whatever they have, and for each byte
@@ -87,29 +88,20 @@ def _opened(root: Path) -> Iterator[Source]:
     if root.is_dir():
         folders = {path.name for path in root.iterdir() if path.is_dir()}
         yield Source(root, dict(_walk(root)), folders, lambda name: (root / name).read_bytes())
-    elif root.is_file() and _zipped(root):
+    elif root.is_file():
         try:
             archive = zipfile.ZipFile(root)  # gives no more bytes than file_size says
         except Exception as error:  # a torn one leads its reader to raise anything
-            raise StudyError(f"{root}: cannot be read: {error!r}") from error
+            told = f"cannot be read as a zip archive: {error!r}"
+            raise StudyError(f"{root}: {told}; {ALLOWED}") from error
         with archive:
             members = {i.filename: i for i in archive.infolist() if "/." not in f"/{i.filename}"}
             files = {name: (i.file_size, i.CRC) for name, i in members.items() if not i.is_dir()}
             folders = {name.split("/")[0] for name in members if "/" in name}
             yield Source(root, files, folders, archive.read)
     else:
-        found = (
-            "neither a folder nor a zip archive" if root.exists() else "there is no such folder"
-        )
-        raise StudyError(f"{root}: {found}; allowed: a folder or a zip archive of images")
-
-
-def _zipped(root: Path) -> bool:
-    """Whether it may be a zip archive: one that is torn may raise when it is asked."""
-    try:
-        return zipfile.is_zipfile(root)
-    except Exception:  # it is opened, and says why it can't be
-        return True
+        found = "neither a folder nor a file" if root.exists() else "there is no such folder"
+        raise StudyError(f"{root}: {found}; {ALLOWED}")
 
 
 def _walk(root: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
