@@ -90,13 +90,24 @@ def _state_dict(path: Path, ema: str | None) -> Mapping[str, Tensor]:
     """The tensors of a state dict, or of one average of a run's snapshot."""
     value = load_tensors(path)
     if isinstance(value, dict) and {"raw", "ema"} <= value.keys():
-        sets = {**value["ema"], "raw": value["raw"]}
-        if (ema or "raw") not in sets:
-            raise StudyError(f"{path}: no ema {ema}; allowed: {', '.join(sets)}")
-        value = sets[ema or next(iter(sets))]
-    elif ema:
+        return average(value, path, ema)
+    if ema:
         raise StudyError(f"{path}: ema {ema} asked for, and it is no run's snapshot")
     return tensors(value, path)
+
+
+def average(snapshot: Mapping[str, Any], path: Path, ema: str | None) -> Mapping[str, Tensor]:
+    """The tensors of one average of a run's snapshot: a length, or raw; else the first. Raises
+    StudyError where there is none such, or it is no snapshot."""
+    try:
+        sets = {**snapshot["ema"], "raw": snapshot["raw"]}
+    except (KeyError, TypeError, IndexError):
+        raise StudyError(f"{path}: its snapshot is not what training writes") from None
+    chosen = ema or next(iter(sets))
+    if chosen not in sets:
+        allowed = ", ".join(map(str, sets))
+        raise StudyError(f"{path}: ema {chosen}: no such average; allowed: {allowed}")
+    return tensors(sets[chosen], path)
 
 
 def tensors(value: object, path: Path) -> Mapping[str, Tensor]:

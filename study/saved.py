@@ -105,14 +105,7 @@ def _from_run(path: Path, at: float, ema: str | None) -> Saved:
     points = [s["at"] for s in trained["snapshots"]]
     if at not in points:
         raise StudyError(f"{path}: --at {at:g}: no such snapshot; {nearest(at, points)}")
-    snapshot = snapshot_at(folder, at)
-    try:
-        sets = {**snapshot["ema"], "raw": snapshot["raw"]}
-    except (KeyError, TypeError, IndexError):
-        raise StudyError(f"{path}: its snapshot is not what training writes") from None
-    chosen = ema or str(recipe.weights_ema[0])
-    if chosen not in sets:
-        raise StudyError(f"{path}: --ema {chosen}: no such average; {nearest(chosen, sets)}")
+    weights = interop.average(snapshot_at(folder, at), path, ema)
     shape = tuple(trained.get("shape", ()))
     vectors = len(shape) == 1
     if not shape or vectors:  # of vectors the population is drawn beside; older runs have no shape
@@ -120,7 +113,7 @@ def _from_run(path: Path, at: float, ema: str | None) -> Saved:
         shape, vectors = dataset.shape, not dataset.images
     return Saved(
         path,
-        interop.tensors(sets[chosen], path),
+        weights,
         recipe.network,
         recipe.objective,
         sigma,

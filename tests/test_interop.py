@@ -91,7 +91,7 @@ def test_a_state_dict_and_a_snapshot_are_read(tmp_path: Path) -> None:
     torch.save({"raw": sets[0], "ema": {"0.05": sets[1], "0.1": sets[2]}}, tmp_path / "1.000.pt")
     for ema, expected in ((None, sets[1]), ("0.1", sets[2]), ("raw", sets[0])):
         assert same(interop.read(tmp_path / "1.000.pt", ema).tensors, expected)
-    with pytest.raises(StudyError, match="no ema 0.2; allowed: 0.05, 0.1, raw"):
+    with pytest.raises(StudyError, match="ema 0.2: no such average; allowed: 0.05, 0.1, raw"):
         interop.read(tmp_path / "1.000.pt", "0.2")
 
 

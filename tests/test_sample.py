@@ -124,7 +124,7 @@ def test_a_folder_of_images(folders: dict[str, Path], tmp_path: Path) -> None:
     ("ct-digits --count 0", "--count 0: a whole number from 1"),
     ("ct-digits --seed -1", "--seed -1"),
     ("ct-digits --at 0.25", "--at 0.25: no such snapshot; did you mean '0.5'"),
-    ("ct-digits --ema 0.2", "--ema 0.2: no such average"),
+    ("ct-digits --ema 0.2", "ema 0.2: no such average"),
     ("ct-digits --out TMP/x.jpg", "a .png, a .npy or a folder"),
     ("ct-digits --out TMP/no/x.png", "no folder"),
     ("ct-digits --export TMP/x.pt", "ends in .safetensors"),
