@@ -14,13 +14,12 @@ times. Only training images are read. `python -m study.fitted digits` shows how 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import io
 import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +29,7 @@ from torch import Tensor
 from study import subjects
 from study.data import Dataset, load, to_float
 from study.errors import StudyError
-from study.folder import kept
+from study.folder import arrays, kept, npz
 from study.identity import digest
 from study.lowrank import LowRankMixture
 from study.store import write_bytes
@@ -107,37 +106,30 @@ def _components(
 
 
 def density(real: Dataset, components: int, rank: int) -> LowRankMixture:
-    """The mixture fitted to a data set's training images, fitted once and then read.
-
-    A file that is torn, or is not what was written, is made again.
-    """
+    """The mixture fitted to a data set's training images, fitted once and then read; a file that
+    is torn is made again."""
     settings = {"fit": FIT, "data": real.digest, "components": components, "rank": rank}
     return kept(
-        f"fitted-{digest(settings, 16)}.bin",
+        f"fitted-{digest(settings, 16)}.npz",
         "the fit",
-        lambda path: unpacked(path.read_bytes()) if path.exists() else None,
+        read,
         lambda: fit(to_float(real.train), components, rank),
-        packed,
+        _stored,
     )
 
 
-def packed(mixture: LowRankMixture) -> bytes:
-    """SHA-256 of what follows (32 bytes), then the parameters as an npz file."""
-    file = io.BytesIO()
-    arrays = {name: part.numpy() for name, part in mixture.tensors.items()}
-    np.savez(file, shape=np.array(mixture.shape), **arrays)
-    content = file.getvalue()
-    return hashlib.sha256(content).digest() + content
+def _stored(mixture: LowRankMixture) -> bytes:
+    parts = {name: part.numpy() for name, part in mixture.tensors.items()}
+    return npz(shape=np.array(mixture.shape), **parts)
 
 
-def unpacked(data: bytes) -> LowRankMixture | None:
-    """The mixture, or None where the bytes are not those that were written."""
-    if hashlib.sha256(data[32:]).digest() != data[:32]:
+def read(path: Path) -> LowRankMixture | None:
+    """The mixture that a file holds, or None where it holds none."""
+    parts = arrays(path)
+    if parts.keys() != {field.name for field in fields(LowRankMixture)}:
         return None
-    with np.load(io.BytesIO(data[32:]), allow_pickle=False) as arrays:
-        shape = tuple(int(size) for size in arrays["shape"])
-        parts = {name: torch.from_numpy(arrays[name]) for name in arrays.files if name != "shape"}
-    return LowRankMixture(shape, **parts)
+    shape = tuple(parts.pop("shape").tolist())
+    return LowRankMixture(shape, **{k: torch.from_numpy(v) for k, v in parts.items()})
 
 
 # --- how good it is ---

@@ -217,7 +217,7 @@ def kept(
     what: str,
     read: Callable[[Path], T | None],
     make: Callable[[], T],
-    packed: Callable[[T], bytes],
+    stored: Callable[[T], bytes],
 ) -> T:
     """What a file of the cache folder holds, made where `read` finds none in it.
 
@@ -234,39 +234,44 @@ def kept(
             found = read(path)
             if found is None:
                 found = make()
-                write_bytes(path, packed(found))
+                write_bytes(path, stored(found))
     except (OSError, MemoryError) as error:
         warnings.warn(f"{path}: {what} can't be kept ({error})", stacklevel=3)
     return make() if found is None else found
+
+
+def npz(**arrays: np.ndarray) -> bytes:
+    """An .npz file of the arrays."""
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file; none where it is missing, torn (it has a checksum) or packed."""
+    try:
+        if packed(path):
+            return {}
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
+            return {name: x for name, x in found.items() if isinstance(x, np.ndarray)}
+    except Exception:  # whatever a torn file leads the reader to
+        return {}
 
 
 def _kept(source: Source, names: list[str]) -> np.ndarray:
     """The decoded images, from the cache unless the path, size or times of a file are others."""
     stamps = [(name, *source.files[name]) for name in names]
     listing = repr((DECODER, str(source.root.resolve()), stamps)).encode()
-
-    def packed(images: np.ndarray) -> bytes:
-        file = io.BytesIO()
-        np.savez(file, images=images)
-        return file.getvalue()
-
     return kept(
         f"images-{hashlib.sha256(listing).hexdigest()[:16]}.npz",
         "the decoded images",
         lambda path: _cached(path, len(names)),
         lambda: _decode(source, names),
-        packed,
+        lambda images: npz(images=images),
     )
 
 
 def _cached(path: Path, count: int) -> np.ndarray | None:
-    """The images, or None where the file is missing, torn (it has a checksum) or not ours."""
-    try:
-        if packed(path):
-            return None
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            images = arrays["images"]
-            ours = images.dtype == np.uint8 and images.shape[:1] == (count,)
-    except Exception:  # whatever a torn file leads the reader to
-        return None
-    return images if ours else None
+    """The images, or None where the file has none, or not so many."""
+    images = arrays(path).get("images", np.empty(0))
+    return images if images.dtype == np.uint8 and images.shape[:1] == (count,) else None

@@ -144,8 +144,7 @@ def test_images_that_are_all_the_same_keep_a_density() -> None:
 @pytest.mark.parametrize("harm", ["cut", "flipped", "empty"])
 def test_a_torn_cache_is_fitted_again(harm: str, digits: Dataset, cache: Path) -> None:
     first = fitted.density(digits, 5, 2)
-    (path,) = (p for p in cache.glob("fitted-*.bin") if fitted.unpacked(p.read_bytes()).means
-               .shape[0] == 5)  # fmt: skip
+    (path,) = (p for p in cache.glob("fitted-*.npz") if fitted.read(p).means.shape[0] == 5)
     whole = path.read_bytes()
     torn = {"cut": whole[:-9], "flipped": whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:],
             "empty": b""}[harm]  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 from hostile import everything, held_to, peak
 from PIL import Image
 
-from study import cifar10, folder, interop, reference
+from study import cifar10, fitted, folder, interop, reference
 from study.errors import StudyError
 from study.sample import main as sample
 from study.weights import load_tensors, save_tensors
@@ -84,7 +84,9 @@ def test_tensors_without_their_numbers_are_no_weights(
         interop.read(tmp_path / "net.pt")
 
 
-@pytest.mark.parametrize("read", [lambda path: folder._cached(path, 3), reference.unpacked])
+@pytest.mark.parametrize("read", [
+    lambda path: folder._cached(path, 3), reference.unpacked, fitted.read,
+])  # fmt: skip
 def test_a_packed_or_forged_cache_is_none(read: Callable, tmp_path: Path) -> None:
     path = tmp_path / "cache.npz"
     np.savez_compressed(path, images=np.zeros((3, 10_000, 10_000), np.uint8),
