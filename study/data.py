@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from study import seeds, subjects
+from study import folder, seeds, subjects
+from study.extractors import splits
 from study.lowrank import LowRankMixture
 from study.mixtures import Density, GaussianMixture
 from study.standing import digest
@@ -107,20 +108,12 @@ def load(data: subjects.Data) -> Dataset:
     """The data set on the CPU. Raises StudyError for a missing or broken file."""
     match data:
         case subjects.Digits():
-            from study.extractors import digits
-
-            parts = digits.split()
+            parts = splits.of_digits()
         case subjects.FashionMnist(root=root):
-            from study.extractors import fashion_mnist
-
-            parts = fashion_mnist.split(root and Path(root))
+            parts = splits.of_fashion_mnist(root and Path(root))
         case subjects.Cifar10(root=root):
-            from study.extractors import cifar10
-
-            parts = cifar10.split(root and Path(root))
+            parts = splits.of_cifar10(root and Path(root))
         case subjects.Images(root=root, held_out=held_out):
-            from study import folder
-
             parts = folder.load(Path(root), held_out)
         case subjects.Mixture():
             return _mixture(data)

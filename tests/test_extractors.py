@@ -11,12 +11,12 @@ from distances import fid
 from scipy.ndimage import gaussian_filter
 from sklearn.datasets import load_digits
 
-from study.extractors import digits
+from study.extractors import splits
 from study.extractors.load import EXTRACTORS, Extractor, load
 from study.extractors.names import FOLDER, extractor_identity, shipped
 from study.extractors.train import RECIPES, train, write
 
-SPLIT = digits.split()
+SPLIT = splits.of_digits()
 
 
 def as_uint8(images: np.ndarray) -> torch.Tensor:
@@ -57,7 +57,7 @@ def test_split_is_the_one_the_shipped_weights_were_trained_on() -> None:
     for name in ("train", "held_out", "extractor"):
         digest.update(SPLIT[name][0].tobytes() + SPLIT[name][1].tobytes())
     assert digest.hexdigest()[:16] == "b891685b63a557d8"
-    again = digits.split()
+    again = splits.of_digits()
     assert all(np.array_equal(again[name][0], SPLIT[name][0]) for name in SPLIT)
 
 

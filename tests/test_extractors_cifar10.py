@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from study.cifar10 import DEFAULT_ROOT
 from study.data import planes, to_float, to_uint8
-from study.extractors import cifar10, train
+from study.extractors import splits, train
 from study.extractors.load import EXTRACTORS, Extractor, load
 
 Split = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -30,7 +30,7 @@ def extractor() -> Extractor:
 
 @pytest.fixture(scope="module")
 def split() -> Split:
-    return cifar10.split_any(DEFAULT_ROOT)
+    return splits.of_cifar10_or_folder(DEFAULT_ROOT)
 
 
 def features(extractor: Extractor, images: torch.Tensor) -> torch.Tensor:
@@ -59,7 +59,7 @@ def test_the_split_is_the_one_the_weights_were_trained_on() -> None:
         place = np.zeros(10_000, np.uint16)
         for c in range(10):
             place[labels == c] = np.arange(1000)
-        parts = cifar10._halved({"train": (place, labels), "test": (place, labels)})
+        parts = splits._halved({"train": (place, labels), "test": (place, labels)})
         assert len(parts["train"][1]) == 10_000
         assert [len(parts[p][1]) for p in ("held_out", "extractor")] == [5000, 5000]
         own, digest = parts["extractor"], hashlib.sha256()

@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from study.data import planes, to_float
 from study.errors import StudyError
-from study.extractors import cifar10, digits, fashion_mnist
+from study.extractors import splits
 from study.extractors.load import EXTRACTORS, Shape, SmallCNN
 from study.extractors.names import FOLDER
 from study.store import write_bytes
@@ -56,10 +56,10 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-    "digits": Recipe(digits.split, steps=2000, shift=0.2),
+    "digits": Recipe(splits.of_digits, steps=2000, shift=0.2),
     # Garments fill the frame: a shift by more than a pixel or two cuts off sleeves and soles.
-    "fashion_mnist": Recipe(fashion_mnist.split, steps=6000, shift=0.1),
-    "cifar10": Recipe(cifar10.split_any, steps=7000, shift=0.15, photos=True),
+    "fashion_mnist": Recipe(splits.of_fashion_mnist, steps=6000, shift=0.1),
+    "cifar10": Recipe(splits.of_cifar10_or_folder, steps=7000, shift=0.15, photos=True),
 }
 
 
