@@ -1,4 +1,4 @@
-"""Independent parts of a step beside each other on a GPU, in streams of their own.
+"""A GPU kept busy: independent parts of a step beside each other, numbers read without a wait.
 
 The passes over a small batch are chains of short kernels that leave most of a GPU idle; the
 target's needs nothing of the student's, so both may run at once. Which kernels run, and on what,
@@ -8,7 +8,7 @@ other, and their memory is not needed at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
@@ -37,3 +37,20 @@ def beside(x: Tensor) -> Iterator[AbstractContextManager]:
         yield torch.cuda.stream(other)
     finally:  # a fork that is left open would hide what ended the block from whoever captures it
         here.wait_stream(other)
+
+
+def later(values: Tensor) -> Callable[[], list[float]]:
+    """Reads values (n,) when it is called, for which the GPU need not stand still: they are on
+    their way from now on, and only they are waited for."""
+    if not values.is_cuda:
+        return values.tolist
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def read() -> list[float]:
+        arrived.synchronize()
+        return host.tolist()
+
+    return read

@@ -97,9 +97,9 @@ class Student:
                 torch._foreach_lerp_(list(follower.parameters()), self.weights, 1 - decay)
         return loss, N
 
-    def gradient_norm(self) -> float:
-        """L2 norm of the last update's gradient; waits for it."""
-        return float(torch.stack(torch._foreach_norm([w.grad for w in self.weights])).norm())
+    def gradient_norm(self) -> Tensor:
+        """L2 norm of the last update's gradient, not waited for."""
+        return torch.stack(torch._foreach_norm([w.grad for w in self.weights])).norm()
 
     def snapshot(self) -> dict[str, Any]:
         """What a measurement may read: raw weights, averages by length, followers, moments."""

@@ -25,6 +25,7 @@ from study.models import Lookup, initial, level_range
 from study.settings import snapshot_points
 from study.spec import Run
 from study.store import Folder, Step, append_line, read_lines, sha256, write_bytes, write_json
+from study.streams import later
 from study.student import Student
 from study.weights import digest, load_tensors, save_tensors, snapshot_name
 
@@ -157,10 +158,10 @@ def train(
         value = {"facts": facts, **student.state(), "spend": msgspec.to_builtins(spend)}
         save_tensors(state_file, value)
 
-    def ended(outcome: str, reason: str | None) -> None:
+    def ended(outcome: str, reason: str | None, spent: Spend) -> None:
         # a point asked for after training had passed it has no snapshot, and gets none
         made = [s for s in snapshots if folder.file(s["file"]).exists()]
-        finish(folder, facts, outcome, reason, spend, made)
+        finish(folder, facts, outcome, reason, spent, made)
 
     points = snapshot_points(run.recipe.measure, run.measures, factors, run.recipe.role)
     due = snapshot_images(budget, batch, points)
@@ -169,44 +170,58 @@ def train(
     ]
     every = math.ceil(budget / batch / LOG_ROWS)
     per_image = passes(factors)
+    waiting: list[tuple[dict[str, Any], Spend, Callable[[], list[float]]]] = []
+
+    def logged() -> bool:
+        """Writes the row that waits for its numbers; False where they end the run there."""
+        for row, spent, numbers in waiting:
+            loss, norm = numbers()
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                reason = f"loss {loss}, gradient norm {norm} at update {row['step']}"
+                ended("diverged", reason, spent)
+                return False
+            append_line(log, row | {"loss": loss, "grad_norm": norm})
+        waiting.clear()
+        return True
+
     student.capture()
     saved = clock = time.perf_counter()
     while spend.images < budget:
         loss, N = student.update(spend.images)
         update, images = spend.updates + 1, spend.images + batch
         logs = update % every == 0 or images >= budget
-        if logs:
-            value = [float(loss), student.gradient_norm()]
-            if not all(map(math.isfinite, value)):
-                ended("diverged", f"loss {value[0]}, gradient norm {value[1]} at update {update}")
+        if logs:  # those of the row before have come by now
+            if not logged():
                 return True
+            numbers = later(torch.stack((loss, student.gradient_norm())))
         if images in due and device.type == "cuda":
             torch.cuda.synchronize(device)  # what is queued is training, not saving
         tick = time.perf_counter()
         spend = spend.plus(batch, per_image, flops, tick - clock)
         if logs:
-            append_line(
-                log,
-                {
-                    "step": update,
-                    "images": images,
-                    "progress": images / budget,
-                    "loss": value[0],
-                    "grad_norm": value[1],
-                    "lr": student.optimizer.param_groups[0]["lr"],
-                    "N": None if "discretization" in ignored(factors) else N,
-                    "seconds": spend.seconds,
-                },
-            )
+            row = {
+                "step": update,
+                "images": images,
+                "progress": images / budget,
+                "loss": None,
+                "grad_norm": None,
+                "lr": student.optimizer.param_groups[0]["lr"],
+                "N": None if "discretization" in ignored(factors) else N,
+                "seconds": spend.seconds,
+            }
+            waiting.append((row, spend, numbers))
+        stopping = stop()
+        saves = stopping or images in due or tick - saved > SAVE_SECONDS
+        if (saves or device.type == "cpu") and not logged():
+            return True
         if images in due:
             save_tensors(folder.file(snapshot_name(due[images])), student.snapshot())
-        stopping = stop()
-        if stopping or images in due or tick - saved > SAVE_SECONDS:
+        if saves:
             save()
             saved = tick
         if stopping and images < budget:
             return False
         clock = time.perf_counter()  # saving is not training
-    ended("trained", None)
+    ended("trained", None, spend)
     state_file.unlink(missing_ok=True)  # the last snapshot holds the weights
     return True

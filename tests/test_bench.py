@@ -12,7 +12,7 @@ from studies import TWO_MODES, read, replaced, write
 
 from study import run as command
 from study import worker
-from study.bench import main
+from study.bench import kept, main
 from study.capture import usable
 from study.errors import StudyError
 from study.forecast import step_key
@@ -199,6 +199,19 @@ def test_settings_of_other_seeds_cost_the_same(tmp_path: Path) -> None:
     study = load(write(tmp_path, PROBED))
     asked = [m for r in study.runs if r.recipe.name == "ct" for m in r.measures]
     assert len({m.file for m in asked}) == 3 and len({measure_key(m) for m in asked}) == 1
+
+
+@pytest.mark.parametrize("other", ["", "device", "torch", "code"])
+def test_figures_are_kept_of_the_same_machine_torch_and_code(other: str, tmp_path: Path) -> None:
+    here = {"device": "gpu", "torch": torch.__version__, "code": worker.CODE["code"]}
+    timed = {"step": "s", "seconds_per_image": 1.0, "first_update_seconds": 1.0,
+             "measuring_seconds": None}  # fmt: skip
+    store = Store(tmp_path, load(write(tmp_path)))
+    store.path.mkdir(parents=True)
+    (store.path / "bench.json").write_text(
+        json.dumps(here | {"recipes": {"c/ct": timed}} | ({other: "x"} if other else {}))
+    )
+    assert kept(store, "gpu") == ({} if other else {"c/ct": timed})
 
 
 def test_one_that_dies_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

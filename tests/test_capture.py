@@ -168,7 +168,7 @@ def test_a_state_made_beforehand_changes_no_update(kind: str) -> None:
 def test_a_captured_step_is_the_plain_step(case: str, kind: str) -> None:
     one, plain = problem(case, CUDA), problem(case, CUDA)
     other = optimizers(plain.net)[kind]
-    first = [w.clone() for w in one.net.parameters()]
+    first = [w.detach().clone() for w in one.net.parameters()]
     update = step(one, optimizers(one.net)[kind], batch(0, device=CUDA))
     assert isinstance(update, Captured)
     assert all(map(torch.equal, one.net.parameters(), first))  # nothing moves before the first

@@ -282,7 +282,7 @@ def finished(base: Path) -> Path:
     ct = next(r for r in store.study.runs if r.recipe.name == "ct")
     timed = {"step": forecast.step_key(ct), "seconds_per_image": 1e-3,
              "first_update_seconds": 1.0, "measuring_seconds": None}  # fmt: skip
-    bench = {"device": "cpu", "code": "x", "recipes": {"small/ct": timed}}
+    bench = {"device": "cpu", "torch": "2", "code": "x", "recipes": {"small/ct": timed}}
     write_json(store.path / forecast.BENCH, bench)
     return path
 

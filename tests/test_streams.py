@@ -62,3 +62,22 @@ def test_passes_follow_each_other_on_a_cpu_and_over_large_batches(log: Log, x: o
     with streams.beside(x) as aside, aside:
         pass
     assert not log
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU"))])  # fmt: skip
+def test_numbers_read_later_are_those_of_their_time(device: str) -> None:
+    values = torch.tensor([1.5, -2.0], device=device)
+    first = streams.later(values * 2)
+    read = [streams.later(values + i) for i in range(3)]
+    assert first() == [3.0, -4.0]
+    assert [r() for r in read] == [[1.5 + i, i - 2.0] for i in range(3)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU nothing is waited for")
+def test_numbers_read_later_do_not_wait_for_what_follows_them() -> None:
+    values = torch.ones(2, device="cuda")
+    read, after = streams.later(values), torch.cuda.Event()
+    torch.cuda._sleep(2_000_000_000)  # a second
+    after.record()
+    assert read() == [1.0, 1.0] and not after.query()

@@ -22,12 +22,22 @@ from study.student import second_moment
 from study.train import set_up, train
 from study.weights import load_tensors, snapshot_name
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+DEVICES = [
+    CPU,
+    pytest.param(
+        CUDA, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    ),
+]
 UPDATES = {1: 0.05, 2: 0.1, 3: 0.15, 10: 0.5, 20: 1.0}  # snapshots of 20 updates
 
 
 def trained(
-    folder: Path, sets: tuple[str, ...], *stops: int, ct: str = "score: single_sample"
+    folder: Path,
+    sets: tuple[str, ...],
+    *stops: int,
+    ct: str = "score: single_sample",
+    device: torch.device = CPU,
 ) -> tuple[dict[int, Any], dict[str, Tensor]]:
     """Snapshots by update, and the first weights, of CT with other base factors or keys of its
     own, stopped and resumed after each number of updates in `stops`; its sources come first."""
@@ -41,10 +51,10 @@ def trained(
     own = store.folders[run.id]
     own.create(run, {"id": run.id})
     worker.set_up()
-    dataset = worker.load(run.recipe.factors.data, CPU)
+    dataset = worker.load(run.recipe.factors.data, device)
     for stop in (*stops, None):
         steps = iter(range(1, 1000))
-        ended = train(run, study.unique, store.folders.__getitem__, dataset, CPU,
+        ended = train(run, study.unique, store.folders.__getitem__, dataset, device,
                       lambda stop=stop, steps=steps: next(steps) == stop, {})  # fmt: skip
         assert ended == (stop is None) and own.file("state.pt").exists() == (not ended)
     assert [row["step"] for row in read_lines(own.file("steps.jsonl"))] == list(range(1, 21))
@@ -108,6 +118,7 @@ def test_target_begins_as_the_student(tmp_path: Path) -> None:
 # --- resuming ---
 
 
+@pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize("change", [
     "target={kind: ema, mu: 0.9}",
     "target={kind: ema, mu: 0.9, s0: 2}",
@@ -115,11 +126,14 @@ def test_target_begins_as_the_student(tmp_path: Path) -> None:
     "precision=bfloat16",
     "law=uniform_grid",
 ])  # fmt: skip
-def test_a_run_stopped_in_its_middle_goes_on_to_the_same_bits(change: str, tmp_path: Path) -> None:
+def test_a_run_stopped_in_its_middle_goes_on_to_the_same_bits(
+    change: str, device: torch.device, tmp_path: Path
+) -> None:
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
-    whole, first = trained(tmp_path / "whole", (change,))
-    cut, _ = trained(tmp_path / "cut", (change,), 4, 3)  # within RAdam's first updates, and after
+    whole, first = trained(tmp_path / "whole", (change,), device=device)
+    # within RAdam's first updates, and after
+    cut, _ = trained(tmp_path / "cut", (change,), 4, 3, device=device)
     assert same(cut, whole)
     assert not same(whole[20]["raw"], first) and not same(whole[20]["raw"], whole[10]["raw"])
     assert ("target" in whole[20]) == ("target" in change)
