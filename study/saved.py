@@ -3,6 +3,7 @@ is a function of, and where its samples start."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,9 +137,10 @@ def _from_file(path: Path, ema: str | None) -> Saved:
         raise StudyError(f"{path}: x of shape {outside.shape}; (d,) or (C, S, S) up to {MOST}")
     if outside.shape[2:] and (outside.shape[0] not in (1, 3) or len({*outside.shape[1:]}) > 1):
         raise StudyError(f"{path}: x of shape {outside.shape}; square grey or RGB images expected")
-    sigma, known = Sigma(), outside.sigma
-    low, high = max(sigma.min, known.get("min", 0)), min(sigma.max, known.get("max", sigma.max))
-    levels: dict[str, Any] = {**known, "min": low, "max": high}
+    levels = dict(outside.sigma)
+    for name, none in (("min", 0), ("max", math.inf)):  # EDM's denoisers are known for all levels
+        if levels.get(name) == none:
+            del levels[name]
     try:
         return Saved(
             path,

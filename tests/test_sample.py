@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
+import published
 import pytest
 import torch
 from PIL import Image
@@ -145,6 +147,34 @@ def test_what_cannot_be_is_said_in_one_line_and_nothing_is_written(
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1, error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_keeps_noise_levels_that_are_nobodys_default(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Wider than the defaults as well as narrower, through a file and back: f is the same."""
+    run, file, x = load(folders["ct-digits"], 1.0, None), tmp_path / "net.safetensors", {}
+    for low, high in ((0.0005, 200.0), (0.01, 20.0)):
+        sigma = msgspec.structs.replace(run.sigma, min=low, max=high)
+        model = replace(run, sigma=sigma)
+        model.export(file)
+        assert load(file, 1.0, None).sigma == sigma
+        assert main([str(file), "--count", "3", "--out", str(tmp_path / "x.npy")]) == 0
+        record, device = {"samples": 3, "nfe": 1, "mid": None}, torch.device("cpu")
+        arguments = record, (1, 8, 8), sigma, 0, -1, device
+        x[low] = evaluate.samples(model.function(device), *arguments).numpy()
+        assert np.array_equal(np.load(tmp_path / "x.npy"), x[low])
+    assert not np.array_equal(*x.values())
+
+
+def test_levels_without_a_bound_are_the_defaults(tmp_path: Path) -> None:
+    """EDM's are 0 and inf; what ECT's says of its own is kept."""
+    for low, high, expected in ((0, float("inf"), (0.002, 80.0)), (0.0005, 200.0, (0.0005, 200.0)),
+                                (0.003, float("inf"), (0.003, 80.0))):  # fmt: skip
+        path = published.snapshot(tmp_path / "x.pkl", {}, "ECMPrecond", sigma_min=low,
+                                  sigma_max=high)  # fmt: skip
+        sigma = load(path, 1.0, None).sigma
+        assert (sigma.min, sigma.max, sigma.data) == (*expected, 0.5)
 
 
 def test_a_gpu_that_is_not_there(
