@@ -7,18 +7,36 @@ written through a link that leads out of the folder that was named.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
 from study.errors import StudyError
 
 MOST = 1 << 24  # bytes of a file of JSON, or of a log
+
+
+def plain(path: Path, most: int) -> BinaryIO:
+    """The file, open. Raises OSError for what is no plain file, which may never end, and for more
+    than `most` bytes, also where they are holes."""
+
+    def opened(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NONBLOCK)  # a pipe without a writer would wait for one
+
+    file = open(path, "rb", opener=opened)  # noqa: SIM115 - it is returned open
+    status = os.fstat(file.fileno())
+    if stat.S_ISREG(status.st_mode) and status.st_size <= most:
+        return file
+    file.close()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "no plain file", str(path))
+    raise OSError(errno.EFBIG, f"over {most} bytes", str(path))
 
 
 def content(path: Path, most: int = MOST, where: str | None = None) -> bytes | None:
@@ -28,15 +46,9 @@ def content(path: Path, most: int = MOST, where: str | None = None) -> bytes | N
     no plain file or can't be read.
     """
     where = str(path) if where is None else where
-
-    def opened(name: str, flags: int) -> int:
-        return os.open(name, flags | os.O_NONBLOCK)  # a pipe without a writer would wait for one
-
     try:
-        with open(path, "rb", opener=opened) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise StudyError(f"{where}: cannot be read: no plain file")
-            data = file.read(most + 1)
+        with plain(path, most) as file:
+            data = file.read(most + 1)  # it may grow meanwhile
     except FileNotFoundError:
         return None
     except OSError as error:

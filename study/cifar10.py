@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from study.bounded import content, plain
 from study.errors import StudyError
 from study.fetch import CHUNK, download
 from study.pickles import restricted
@@ -57,7 +58,8 @@ def load(root: Path | None = None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     except StudyError:
         raise
     except Exception as error:  # a torn or forged archive leads its readers to raise anything
-        raise StudyError(f"{path}: cannot be read: {error}") from error
+        told = getattr(error, "strerror", None) or error
+        raise StudyError(f"{path}: cannot be read: {told}") from error
     if missing := [name for name in BATCHES if name not in read]:
         raise StudyError(f"{path}: {', '.join(missing)} is missing; allowed: all six batches")
     return {
@@ -74,15 +76,14 @@ def find(root: Path) -> Path | None:
 def _unpacked(folder: Path) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
     """Each batch that is there, by its name."""
     for path in (folder / name for name in BATCHES):
-        if path.exists():
-            _small(path.stat().st_size, LARGEST, str(path))
-            yield path.name, read_batch(path.read_bytes(), str(path))
+        if (data := content(path, LARGEST)) is not None:
+            yield path.name, read_batch(data, str(path))
 
 
 def _members(path: Path) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
     """Each batch of the archive by its name; an archive of anything else is refused."""
     seen = set()
-    with gzip.open(path) as file:
+    with plain(path, UNPACKED) as packed, gzip.open(packed) as file:
         stream = _Bounded(file, str(path))
         with tarfile.open(fileobj=stream, mode="r|") as archive:
             for member in archive:

@@ -26,9 +26,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from study.bounded import content
 from study.errors import StudyError
 from study.factors import Denoising, Objective, Sigma
 from study.persistent import Record, parameters, unpickled
+from study.pickles import LARGEST
 from study.store import write_bytes
 from study.weights import load_tensors
 
@@ -181,7 +183,7 @@ class _SongUNet(msgspec.Struct):
 
 def _published(path: Path) -> Outside:
     """The averaged network of an EDM or ECT snapshot."""
-    value = unpickled(path.read_bytes(), str(path))
+    value = unpickled(content(path, LARGEST) or b"", str(path))
     outer = value.get("ema") if isinstance(value, dict) else None
     if not isinstance(outer, Record) or outer.name not in PRECONDITIONED:
         raise StudyError(

@@ -72,7 +72,7 @@ def snapshot_at(folder: Folder, at: float) -> dict[str, Any]:
     Raises StudyError where the file is gone, or is not the one that training wrote.
     """
     path = folder.file(snapshot_name(at))
-    if not path.exists():
+    if not path.is_file():
         raise StudyError(f"{path}: gone; without weights nothing can be re-measured or built on")
     if sha256(path) != folder.digest(snapshot_name(at)):
         raise StudyError(f"{path}: not the file that training wrote (its SHA-256 has changed)")

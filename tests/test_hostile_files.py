@@ -17,6 +17,7 @@ from PIL import Image
 
 from study import cifar10, fitted, folder, interop, reference
 from study.errors import StudyError
+from study.extractors.names import check_extractor
 from study.sample import main as sample
 from study.weights import load_tensors, save_tensors
 
@@ -129,6 +130,41 @@ def test_the_same_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         interop.write(tiny(path, {"kind": "mlp"}, shape))
         assert sample([str(path), "--out", str(tmp_path / "x.npy")]) == 2
         assert told in capsys.readouterr().err
+
+
+ENDLESS = {
+    "InceptionV3's weights": ("net.pth", "from study.extractors.names import check_extractor",
+                              "check_extractor('inception-v3-compat', sys.argv[1], 'fid')"),
+    "a batch": (f"{cifar10.FOLDER}/data_batch_1", "from study.cifar10 import load",
+                "from pathlib import Path\nload(Path(sys.argv[1]).parents[1])"),
+    "an archive": (cifar10.ARCHIVE, "from study.cifar10 import load",
+                   "from pathlib import Path\nload(Path(sys.argv[1]).parent)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_a_file_that_never_ends(kind: str, make: Callable[[Path], None], tmp_path: Path) -> None:
+    """The command would wait for it, or hash it, for ever."""
+    name, *code = ENDLESS[kind]
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    make(tmp_path / name)
+    told = held_to(1000, "\n".join(code), tmp_path / name).stderr.splitlines()[-1]
+    assert f"StudyError: {'fid.weights: ' * (name == 'net.pth')}{tmp_path / name}: cannot" in told
+    assert "no plain file" in told
+
+
+def test_a_pickle_of_nothing_but_a_hole(tmp_path: Path) -> None:
+    """3 GB that take no place on disk are refused unread; so are weights to be hashed."""
+    path = tmp_path / "edm.pkl"
+    with path.open("wb") as file:
+        file.truncate(3 << 30)
+    before = peak()
+    with pytest.raises(StudyError, match=f"edm.pkl: cannot be read: over {1 << 30} bytes"):
+        interop.read(path)
+    assert peak() - before < 100_000  # KiB
+    with pytest.raises(StudyError, match=f"fid.weights: .*edm.pkl.*over {1 << 30} bytes"):
+        check_extractor("inception-v3-compat", str(path), "fid")
 
 
 # --- images ---
