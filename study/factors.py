@@ -309,6 +309,7 @@ Weighting = InverseStep | Uniform | Edm
 Distance = L2 | PseudoHuber | L2Norm | L1
 Auxiliary = NoHead | DenoisingHead
 Optimizer = Adam | RAdam
+Precision = Literal["float32", "bfloat16"]
 
 
 class Factors(Value, frozen=True):
@@ -335,6 +336,6 @@ class Factors(Value, frozen=True):
     weights_ema: Annotated[
         tuple[Annotated[float, Meta(ge=0.001, le=0.25)], ...], Meta(min_length=1, max_length=16)
     ] = (0.05, 0.1)
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     sigma: Sigma = Sigma()
     data_stream: Annotated[int, Meta(ge=0, le=2**31)] = 0

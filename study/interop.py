@@ -28,10 +28,12 @@ from torch import Tensor, nn
 
 from study.bounded import content
 from study.errors import StudyError
-from study.factors import Denoising, Objective, Sigma
+from study.factors import Denoising, Objective, Precision, Sigma
+from study.layers import convert
 from study.persistent import Record, parameters, unpickled
 from study.pickles import LARGEST
 from study.store import write_bytes
+from study.values import Noise, Positive
 from study.weights import load_tensors
 
 PRECONDITIONED = {"EDMPrecond": "denoising", "ECMPrecond": "consistency"}
@@ -54,7 +56,7 @@ class Outside:
     objective: str | None = None
     sigma: Mapping[str, float] = field(default_factory=dict)
     shape: tuple[int, ...] | None = None
-    precision: str = "float32"
+    precision: Precision = "float32"
 
 
 def read(path: Path, ema: str | None = None) -> Outside:
@@ -122,14 +124,23 @@ def tensors(value: object, path: Path) -> Mapping[str, Tensor]:
     return value
 
 
+class _Levels(msgspec.Struct):
+    """`Sigma`, all of it known."""
+
+    min: Noise
+    max: Noise
+    data: Positive
+    rho: float = Sigma().rho
+
+
 class _About(msgspec.Struct):
     """What a file that was written here says of its weights."""
 
     network: dict[str, Any]
-    objective: str
-    sigma: dict[str, float]
+    objective: Literal["consistency", "continuous", "denoising"]  # a fixed point has no weights
+    sigma: _Levels
     shape: tuple[int, ...]
-    precision: str
+    precision: Precision
 
 
 def _safetensors(path: Path) -> Outside:
@@ -139,8 +150,9 @@ def _safetensors(path: Path) -> Outside:
         metadata = file.metadata() or {}
     if KEY not in metadata:
         return Outside(path, tensors)
-    about = msgspec.json.decode(metadata[KEY], type=_About)
-    return Outside(path, tensors, **msgspec.structs.asdict(about))
+    said = msgspec.json.decode(metadata[KEY])
+    about = convert(said, _About, lambda part: f"{path}: metadata: {KEY}{part}")
+    return Outside(path, tensors, **msgspec.to_builtins(about))
 
 
 def write(weights: Outside) -> None:
@@ -162,7 +174,7 @@ class _Preconditioning(msgspec.Struct):
     img_channels: int
     sigma_min: float
     sigma_max: float
-    sigma_data: float
+    sigma_data: Noise
     label_dim: Literal[0] = 0
 
 

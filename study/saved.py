@@ -19,6 +19,7 @@ from study.errors import StudyError, nearest
 from study.evaluate import CHUNK
 from study.factors import Denoising, Factors, Objective, Sigma
 from study.identity import SCHEMA
+from study.layers import convert
 from study.limits import check_sample
 from study.mixtures import Density
 from study.models import function_of
@@ -97,10 +98,9 @@ def _from_run(path: Path, at: float, ema: str | None) -> Saved:
         raise StudyError(f"{path}: not trained yet; the command that starts its study goes on")
     try:
         recipe = msgspec.convert(known["factors"], Factors)
-        levels = msgspec.to_builtins(recipe.sigma) | {"data": trained.get("sigma_data")}
-        sigma = msgspec.convert(levels, Sigma)
     except (msgspec.ValidationError, RecursionError) as error:
         raise StudyError(f"{path}: run.json is of another version: {error}") from None
+    levels = msgspec.to_builtins(recipe.sigma) | {"data": trained.get("sigma_data")}
     if isinstance(recipe.data, Mixture | FittedMixture):
         check_sample(recipe.data, f"{path}: run.json")
     points = [s["at"] for s in trained["snapshots"]]
@@ -117,12 +117,21 @@ def _from_run(path: Path, at: float, ema: str | None) -> Saved:
         weights,
         recipe.network,
         recipe.objective,
-        sigma,
+        _levels(levels, path),
         shape,
         recipe.precision,
         min(recipe.batch, CHUNK),
         dataset.density if vectors else None,
     )
+
+
+def _levels(known: Mapping[str, Any], path: Path) -> Sigma:
+    """Noise levels, of which all is known. Raises StudyError."""
+    sigma = convert(known, Sigma, lambda part: f"{path}: sigma{part}")
+    if sigma.data is None or sigma.min >= sigma.max:
+        raise StudyError(f"{path}: sigma: min {sigma.min:g}, max {sigma.max:g}, data {sigma.data} "
+                         "given; min below max, and data, expected")  # fmt: skip
+    return sigma
 
 
 def _from_file(path: Path, ema: str | None) -> Saved:
@@ -137,7 +146,7 @@ def _from_file(path: Path, ema: str | None) -> Saved:
         raise StudyError(f"{path}: x of shape {outside.shape}; (d,) or (C, S, S) up to {MOST}")
     if outside.shape[2:] and (outside.shape[0] not in (1, 3) or len({*outside.shape[1:]}) > 1):
         raise StudyError(f"{path}: x of shape {outside.shape}; square grey or RGB images expected")
-    levels = dict(outside.sigma)
+    levels: dict[str, Any] = dict(outside.sigma)
     for name, none in (("min", 0), ("max", math.inf)):  # EDM's denoisers are known for all levels
         if levels.get(name) == none:
             del levels[name]
@@ -147,7 +156,7 @@ def _from_file(path: Path, ema: str | None) -> Saved:
             outside.tensors,
             msgspec.convert(outside.network, subjects.Network),
             msgspec.convert({"kind": outside.objective}, Objective),
-            msgspec.convert(levels, Sigma),
+            _levels(levels, path),
             outside.shape,
             outside.precision,
         )

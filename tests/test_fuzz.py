@@ -47,8 +47,8 @@ TRIES = int(os.environ.get("STUDY_FUZZ", FEW))
 GROWTH = 200_000  # KiB that one file may take
 TENSORS = {"enc.8x8_conv.weight": torch.ones(4, 1, 3, 3), "enc.8x8_conv.bias": torch.ones(4),
            "dec.out.weight": torch.ones(2, 2)}  # fmt: skip
-ABOUT = {"network": {"kind": "mlp"}, "objective": "consistency", "sigma": {"data": 0.5},
-         "shape": [2], "precision": "float32"}  # fmt: skip
+ABOUT = {"network": {"kind": "mlp"}, "objective": "consistency", "shape": [2],
+         "precision": "float32", "sigma": {"min": 0.002, "max": 80.0, "data": 0.5}}  # fmt: skip
 BATCH = batch(array(np.zeros((2, cifar10.ROW), np.uint8)), numbers([1, 2]))
 SWEEPS = sorted(Path(__file__).parents[1].glob("sweeps/*.yaml"))
 FEW_VARIANTS = {k: fake_study.VARIANTS[k] for k in ("ct", "cd", "self_pretrain")}

@@ -114,6 +114,51 @@ def test_safetensors_go_out_and_come_back(tmp_path: Path) -> None:
     assert interop.read(path).network is None
 
 
+LEVELS = {"min": 0.002, "max": 80.0, "data": 0.5, "rho": 7.0}
+
+
+@pytest.mark.parametrize("said, told", [
+    ({"precision": "nonsense"}, "precision: 'nonsense' given; allowed: bfloat16, float32"),
+    ({"precision": "load"}, "precision: 'load' given; allowed: bfloat16, float32"),
+    ({"precision": "int8"}, "precision: 'int8' given; allowed: bfloat16, float32"),
+    ({"objective": "fixed_point"}, "objective: 'fixed_point' given; allowed: consistency, cont"),
+    ({"sigma": {"min": 0.002, "max": 80.0}}, "sigma: {'min': 0.002, 'max': 80.0} given; .*`data`"),
+    ({"sigma": LEVELS | {"data": None}}, "sigma.data: None given"),
+    ({"sigma": LEVELS | {"data": 0}}, "sigma.data: 0 given; expected `float` > 0"),
+    ({"sigma": LEVELS | {"min": 0}}, "sigma.min: 0 given; expected `float` >= 1e-06"),
+    ({"colour": "red"}, "colour: no such key"), ({"shape": None}, "shape: None given"),
+])  # fmt: skip
+def test_what_a_file_says_of_itself_is_not_believed(
+    said: dict, told: str, tmp_path: Path
+) -> None:
+    path, about = tmp_path / "net.safetensors", {"network": {"kind": "mlp"}, "sigma": LEVELS,
+                                                "objective": "consistency", "shape": [2],
+                                                "precision": "float32"}  # fmt: skip
+    for words in (about, about | said):
+        metadata = {interop.KEY: json.dumps(words)}
+        safetensors.torch.save_file({"a": numbers(2)}, path, metadata)
+        if words is about:
+            assert interop.read(path).sigma == LEVELS
+    with pytest.raises(StudyError, match=f"net.safetensors: metadata: {interop.KEY}.{told}"):
+        interop.read(path)
+
+
+def test_levels_that_hold_nothing_between_them_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "net.safetensors"
+    interop.write(interop.Outside(path, tensors(), {"kind": "unet"}, "consistency",
+                                  LEVELS | {"min": 90.0}, (1, 8, 8)))  # fmt: skip
+    told = "net.safetensors: sigma: min 90, max 80, data 0.5 given; min below max"
+    with pytest.raises(StudyError, match=told):
+        saved(path, 1.0, None)
+    snapshot = published.snapshot(tmp_path / "edm.pkl", tensors(), sigma_min=90.0)
+    with pytest.raises(StudyError, match="edm.pkl: sigma: min 90, max 80"):
+        saved(snapshot, 1.0, None)
+    for data in (0.0, float("nan"), float("inf")):
+        published.snapshot(tmp_path / "edm.pkl", tensors(), sigma_data=data)
+        with pytest.raises(StudyError, match=r"edm.pkl: .*sigma_data"):
+            interop.read(tmp_path / "edm.pkl")
+
+
 # --- what is refused ---
 
 
