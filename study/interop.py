@@ -39,6 +39,7 @@ from study.weights import load_tensors
 PRECONDITIONED = {"EDMPrecond": "denoising", "ECMPrecond": "consistency"}
 LEFT_OUT = re.compile(r"(^|\.)(resample_filter|map_augment\.weight)$")
 KEY = "consistency-gap"  # of a .safetensors file's metadata
+FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
 NAMED = 3  # names of a kind in an error
 
 
@@ -84,7 +85,7 @@ def read(path: Path, ema: str | None = None) -> Outside:
     if all(name.startswith("model.") for name in tensors):
         tensors = {name.removeprefix("model."): w for name, w in tensors.items()}
     kept = {name: w for name, w in tensors.items() if not LEFT_OUT.search(name)}
-    return replace(found, tensors=kept)
+    return replace(found, tensors=_plain(kept, path))
 
 
 # --- state dicts and .safetensors ---
@@ -97,7 +98,7 @@ def _state_dict(path: Path, ema: str | None) -> Mapping[str, Tensor]:
         return average(value, path, ema)
     if ema:
         raise StudyError(f"{path}: ema {ema} asked for, and it is no run's snapshot")
-    return tensors(value, path)
+    return _plain(value, path)
 
 
 def average(snapshot: Mapping[str, Any], path: Path, ema: str | None) -> Mapping[str, Tensor]:
@@ -111,16 +112,20 @@ def average(snapshot: Mapping[str, Any], path: Path, ema: str | None) -> Mapping
     if chosen not in sets:
         allowed = ", ".join(map(str, sets))
         raise StudyError(f"{path}: ema {chosen}: no such average; allowed: {allowed}")
-    return tensors(sets[chosen], path)
+    return _plain(sets[chosen], path)
 
 
-def tensors(value: object, path: Path) -> Mapping[str, Tensor]:
-    """The value, found to be plain tensors by name, in numbers that are there. Raises
-    StudyError."""
+def _plain(value: object, path: Path) -> Mapping[str, Tensor]:
+    """The value, found to be plain tensors by name, of floating-point numbers that are there.
+    Raises StudyError."""
     named = isinstance(value, dict) and all(isinstance(name, str) for name in value)
     plain = named and all(type(w) in (Tensor, nn.Parameter) for w in value.values())
     if not plain or any(w.layout != torch.strided or w.is_meta for w in value.values()):
         raise StudyError(f"{path}: a state dict expected, tensors by name")
+    for name, w in value.items():
+        if w.dtype not in FLOATS:  # also of quantised ones, whose type says so
+            allowed = ", ".join(map(str, FLOATS))
+            raise StudyError(f"{path}: {name}: numbers of type {w.dtype}; allowed: {allowed}")
     return value
 
 
@@ -255,7 +260,8 @@ def agree(outside: Outside, objective: Objective, sigma: Sigma, as_is: bool) -> 
 
 def fit(outside: Outside, net: nn.Module) -> dict[str, Tensor]:
     """The network's state with the file's weights in it; a second head that the file does not have
-    stays as it is. Raises StudyError naming parameters that are missing, unknown or misshapen."""
+    stays as it is. Raises StudyError naming parameters that are missing, unknown or misshapen, or
+    hold numbers that are not finite in float32."""
     own = net.state_dict()
     found = {k: w for k, w in outside.tensors.items() if k in own or not k.startswith("head.")}
     needed = {k: w for k, w in own.items() if k in found or not k.startswith("head.")}
@@ -265,6 +271,9 @@ def fit(outside: Outside, net: nn.Module) -> dict[str, Tensor]:
     other = [f"{k} {a}, here {b}" for k, (a, b) in shapes.items() if a != b]
     parts = {"other shapes": other, "not in the file": missing, "not in the network": unknown}
     if not any(parts.values()):
+        for name, w in found.items():  # as many numbers as the network's
+            if not w.float().isfinite().all():
+                raise StudyError(f"{outside.path}: {name}: holds numbers that are not finite")
         return {**own, **found}
     said = "; ".join(
         f"{title}: {', '.join(names[:NAMED])}"

@@ -361,6 +361,45 @@ def test_other_networks_are_refused(
         interop.read(path)
 
 
+def files_of(weights: dict[str, Tensor], folder: Path) -> list[Path]:
+    """The weights in a file of each kind."""
+    paths = [folder / f"net.{kind}" for kind in ("pt", "safetensors", "pkl")]
+    torch.save(weights, paths[0])
+    safetensors.torch.save_file(weights, paths[1])
+    paths[2].write_bytes(network(module(**weights)))
+    return paths
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.uint8, torch.bool, torch.complex64])
+def test_weights_of_no_real_numbers_are_refused(kind: torch.dtype, tmp_path: Path) -> None:
+    for path in files_of({"a": numbers(2), "b": numbers(3).to(kind)}, tmp_path):
+        with pytest.raises(StudyError, match=rf"{path.name}: b: numbers of type {kind}; allowed"):
+            interop.read(path)
+
+
+@pytest.mark.filterwarnings("ignore")  # they are to leave torch
+def test_quantised_weights_are_refused(tmp_path: Path) -> None:
+    bad = torch.quantize_per_tensor(numbers(3), 0.1, 0, torch.qint8)
+    torch.save({"raw": {"b": numbers(3)}, "ema": {"0.05": {"b": bad}}}, tmp_path / "net.pt")
+    with pytest.raises(StudyError, match=r"net.pt: b: numbers of type torch.qint8; allowed"):
+        interop.read(tmp_path / "net.pt")
+    assert interop.read(tmp_path / "net.pt", "raw").tensors
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e300])
+def test_weights_that_are_not_finite_are_refused(bad: float, tmp_path: Path) -> None:
+    """Also beyond float32, in which networks are."""
+    net = nn.Sequential(OrderedDict(a=nn.Linear(1, 2, bias=False), b=nn.Linear(1, 2, bias=False)))
+    good = {"a.weight": numbers(2, 1), "b.weight": numbers(2, 1).double()}
+    for path in files_of(good, tmp_path):
+        assert same(interop.fit(interop.read(path), net), good)
+    good["b.weight"][1] = bad
+    for path in files_of(good, tmp_path):
+        told = f"{path.name}: b.weight: holds numbers that are not finite"
+        with pytest.raises(StudyError, match=told):
+            interop.fit(interop.read(path), net)
+
+
 def test_restricted_pickles_know_python_2() -> None:
     """Text of Python 2 is bytes; a name that is allowed stands for what it is mapped to."""
     assert restricted(b"S'a'\np0\n.", {}, "x") == b"a"
