@@ -93,6 +93,8 @@ def _opened(root: Path) -> Iterator[Source]:
             archive = zipfile.ZipFile(root)  # gives no more bytes than file_size says
         except Exception as error:  # a torn one leads its reader to raise anything
             told = f"cannot be read as a zip archive: {error!r}"
+            if isinstance(error, zipfile.BadZipFile) and _meant_as_zip(root):
+                told = f"a torn zip archive ({error})"
             raise StudyError(f"{root}: {told}; {ALLOWED}") from error
         with archive:
             members = {i.filename: i for i in archive.infolist() if "/." not in f"/{i.filename}"}
@@ -102,6 +104,12 @@ def _opened(root: Path) -> Iterator[Source]:
     else:
         found = "neither a folder nor a file" if root.exists() else "there is no such folder"
         raise StudyError(f"{root}: {found}; {ALLOWED}")
+
+
+def _meant_as_zip(path: Path) -> bool:
+    """Whether the file's name ends, or the file itself begins, as a zip archive's does."""
+    with path.open("rb") as file:
+        return path.suffix.lower() == ".zip" or file.read(2) == b"PK"
 
 
 def _walk(root: Path) -> Iterator[tuple[str, tuple[int, ...]]]:

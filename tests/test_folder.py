@@ -254,7 +254,9 @@ def broken_zip(path: Path) -> Path:
     [
         (lambda p: p / "none", "none: there is no such folder; allowed: a folder or a zip"),
         (lambda p: put(p, {"a.zip": b"text"}) / "a.zip",
-         "a.zip: cannot be read as a zip archive: .*not a zip file.*; allowed: a folder or a zip"),
+         r"a.zip: a torn zip archive \(File is not a zip file\); allowed: a folder or a zip"),
+        (lambda p: put(p, {"a.tar": b"text"}) / "a.tar",
+         "a.tar: cannot be read as a zip archive: .*not a zip file.*; allowed: a folder or a zip"),
         (lambda p: put(p, {"a/x.txt": b""}) / "a", "/a: no image in it; allowed: .bmp"),
         (lambda p: packed(p / "a.zip", {}), "a.zip: no image in it"),
         (lambda p: put(p, {"a/train/x.txt": b"", "a/test/0.png": png(0)}) / "a",
@@ -272,9 +274,10 @@ def test_a_broken_archive_is_named(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="a.zip/0.png: cannot be decoded: Bad CRC-32"):
         folder.load(broken_zip(tmp_path / "a.zip"), 1)
     whole = packed(tmp_path / "b.zip", FLAT).read_bytes()
-    (tmp_path / "b.zip").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(StudyError, match="b.zip: cannot be read as a zip archive"):
-        folder.load(tmp_path / "b.zip", 1)
+    for name in ("b.zip", "b"):
+        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(StudyError, match=f"{name}: a torn zip archive"):
+            folder.load(tmp_path / name, 1)
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
