@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -45,8 +47,17 @@ def load_tensors(path: Path) -> Any:  # noqa: ANN401
             raise ValueError("packed, as torch writes no file of weights")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a torn or forged file leads its reader to raise anything
-        told = str(error) or repr(error)
-        raise StudyError(f"{path}: cannot be read as weights: {told:.1000}") from None
+        raise StudyError(f"{path}: cannot be read as weights: {_told(error)}") from None
+
+
+def _told(error: Exception) -> str:
+    """torch's error in one line, without its advice to read the file by executing it."""
+    words = str(error)
+    if asked := re.search(r"GLOBAL ([\w.]+)", words):
+        return f"it asks for {asked[1]}, which is not executed"
+    if isinstance(error, UnpicklingError) or re.search("file in archive|weights_only", words):
+        return "it is no file of weights"
+    return (words.splitlines() or [repr(error)])[0].partition(". ")[0][:300]
 
 
 def save_tensors(path: Path, value: object) -> None:

@@ -1,6 +1,8 @@
 """Power-function averages against the profile they promise, and files that break."""
 
+import io
 import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,42 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path) -> None:
         with pytest.raises(StudyError):
             load_tensors(file)
     assert not mark.exists()  # ... and is not sprung
+
+
+def refusals() -> dict[str, tuple[bytes, str]]:
+    """Files that torch does not read, each with what is said of it."""
+    file, script, archive = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    torch.save({"net": torch.nn.Linear(2, 2)}, file)
+    with zipfile.ZipFile(script, "w") as members:  # what torch knows TorchScript by
+        for name in ("version", "constants.pkl", "data.pkl"):
+            members.writestr(f"net/{name}", "3\n")
+    with zipfile.ZipFile(archive, "w") as members:
+        members.writestr("notes.txt", "text")
+    none = "it is no file of weights"
+    return {
+        "code": (pickle.dumps(Code(Path("ran")), 2), "it asks for getattr, which is not executed"),
+        "a module": (file.getvalue(), "it asks for torch.nn.modules.linear.Linear, which is not "
+                                      "executed"),
+        "a script": (script.getvalue(), none),
+        "a torn file": (file.getvalue()[:900], "PytorchStreamReader failed reading zip archive: "
+                                               "failed finding central directory"),
+        "a zip archive": (archive.getvalue(), none),
+        "an empty zip archive": (archive.getvalue()[-22:-14] + bytes(14), none),
+        "text": (b"<html>404</html>", none),
+        "a pickle": (pickle.dumps({"w": 1}, 4), none),
+        "nothing": (b"", "EOFError()"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", refusals())
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_what_is_not_read_is_told_in_one_line(kind: str, tmp_path: Path) -> None:
+    """And no word of how to have the file executed."""
+    (tmp_path / "net.pt").write_bytes(refusals()[kind][0])
+    with pytest.raises(StudyError) as caught:
+        load_tensors(tmp_path / "net.pt")
+    told = f"{tmp_path}/net.pt: cannot be read as weights: {refusals()[kind][1]}"
+    assert str(caught.value) == told
 
 
 def test_digest_is_of_names_and_values() -> None:
