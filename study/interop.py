@@ -30,7 +30,7 @@ from study.bounded import content
 from study.errors import StudyError
 from study.factors import Denoising, Objective, Precision, Sigma
 from study.layers import convert
-from study.persistent import Record, parameters, unpickled
+from study.persistent import Record, attribute, parameters, unpickled
 from study.pickles import LARGEST
 from study.store import write_bytes
 from study.values import Noise, Positive
@@ -199,20 +199,29 @@ class _SongUNet(msgspec.Struct):
 
 
 def _published(path: Path) -> Outside:
-    """The averaged network of an EDM or ECT snapshot."""
+    """The averaged network of an EDM or ECT snapshot. Raises StudyError for another pickle."""
     value = unpickled(content(path, LARGEST) or b"", str(path))
+    try:
+        return _network(value, path)
+    except ValueError as error:
+        raise StudyError(f"{path}: not an EDM or ECT snapshot: {error}") from None
+
+
+def _network(value: object, path: Path) -> Outside:
+    """The averaged network of such a snapshot's value. Raises ValueError where it has none."""
     outer = value.get("ema") if isinstance(value, dict) else None
     if not isinstance(outer, Record) or outer.name not in PRECONDITIONED:
         raise StudyError(
             f"{path}: {getattr(outer, 'name', 'no network')} under the key ema; "
             f"{' or '.join(PRECONDITIONED)} expected, as EDM and ECT save"
         )
-    model = outer.state["_modules"]["model"]
+    model = attribute(outer, "_modules", "model")
+    arguments = attribute(model, "_init_kwargs")
     if model.name != "SongUNet":
         raise StudyError(f"{path}: its network is a {model.name}; SongUNet expected")
     try:
         about = msgspec.convert(dict(outer.state), _Preconditioning)
-        song = msgspec.convert(dict(model.state["_init_kwargs"]), _SongUNet)
+        song = msgspec.convert(arguments, _SongUNet)
     except msgspec.ValidationError as error:
         raise StudyError(
             f"{path}: not an unconditional DDPM++, the only published network that is known "

@@ -194,6 +194,18 @@ def unpickled(data: bytes, where: str) -> Any:  # noqa: ANN401 - a pickle holds 
     return restricted(data, _allowed(len(data)), where)
 
 
+def attribute(record: object, *names: str) -> Any:  # noqa: ANN401
+    """What a record's attributes hold under these names, one in another. Raises ValueError."""
+    if not isinstance(record, Record):
+        raise ValueError(f"a {type(record).__name__} where a module belongs")
+    held: Any = record.state
+    for name in names:
+        if not isinstance(held, dict) or name not in held:
+            raise ValueError(f"{record.name:.80} without {'.'.join(names)}")
+        held = held[name]
+    return held
+
+
 def parameters(network: Record) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers of a module and of those in it, by dotted name. Raises ValueError for
     what is no tree of modules."""
@@ -202,7 +214,10 @@ def parameters(network: Record) -> Iterator[tuple[str, Tensor]]:
     def walk(module: Record, prefix: str) -> Iterator[tuple[str, Tensor]]:
         nonlocal seen
         for group in ("_parameters", "_buffers", "_modules"):
-            for name, value in module.state[group].items():
+            held = attribute(module, group)
+            if not isinstance(held, dict) or not all(isinstance(name, str) for name in held):
+                raise ValueError(f"{module.name:.80} whose {group} are not by name")
+            for name, value in held.items():
                 seen += 1
                 if seen > MOST or len(prefix) + len(name) > LONGEST:
                     raise ValueError(f"over {MOST} modules and tensors, or names of {LONGEST}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
+import re
 from collections.abc import Callable, Mapping
 from reprlib import repr  # of a few items and levels, whatever it is given
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from study.errors import StudyError
 
 LARGEST = 1 << 30  # bytes
+TORN = "exhausted|not enough data|only .* remain|no newline found"  # pickletools at the data's end
 MOST_TUPLES = 50_000  # in one another: that deep they overflow the C stack when they are hashed
 PUTS, GETS = (tuple(f"{kind}{way}" for kind in ("", "BIN", "LONG_BIN")) for way in ("PUT", "GET"))
 TUPLES = ("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET")
@@ -45,7 +47,9 @@ def restricted(
     except StudyError:
         raise
     except Exception as error:  # a torn or forged pickle leads the machine to raise anything
-        raise StudyError(f"{where}: cannot be read as a pickle: {error!r}") from error
+        torn = isinstance(error, EOFError) or re.search(TORN, str(error))
+        told = "it is truncated, or no pickle" if torn else f"{error!r}"
+        raise StudyError(f"{where}: cannot be read as a pickle: {told}") from error
 
 
 def _scan(data: bytes, where: str) -> None:

@@ -288,6 +288,49 @@ def network(model: Object) -> bytes:
         return pickle.dumps({"ema": Object("EDMPrecond", **outer)})
 
 
+def malformed() -> dict[str, tuple[Object | str, str]]:
+    """Networks of which something is missing, each with what is said of it."""
+    whole = {"_parameters": {}, "_buffers": {}, "_modules": {}, "_init_kwargs": {}}
+    bare = {k: v for k, v in whole.items() if k != "_modules"}
+    return {
+        "no network": ("text", "a str where a module belongs"),
+        "no modules": (Object("SongUNet", **bare), "SongUNet without _modules"),
+        "no arguments": (Object("SongUNet"), "SongUNet without _init_kwargs"),
+        "modules in a list": (Object("SongUNet", **whole | {"_modules": []}),
+                              "SongUNet whose _modules are not by name"),
+        "modules by number": (Object("SongUNet", **whole | {"_modules": {1: module()}}),
+                              "SongUNet whose _modules are not by name"),
+        "an inner one": (module(enc=Object("Block")), "Block without _parameters"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", malformed())
+def test_a_malformed_snapshot_is_said_to_be_none(kind: str, tmp_path: Path) -> None:
+    net, said = malformed()[kind]
+    (tmp_path / "edm.pkl").write_bytes(network(net))
+    with pytest.raises(StudyError) as caught:
+        interop.read(tmp_path / "edm.pkl")
+    assert str(caught.value) == f"{tmp_path}/edm.pkl: not an EDM or ECT snapshot: {said}"
+
+
+def test_a_snapshot_without_a_model_is_said_to_be_none(tmp_path: Path) -> None:
+    for state, missing in (({}, "_modules.model"), ({"_modules": {}}, "_modules.model")):
+        with published.elsewhere():
+            data = pickle.dumps({"ema": Object("EDMPrecond", **state)})
+        (tmp_path / "edm.pkl").write_bytes(data)
+        with pytest.raises(StudyError, match=f"EDM or ECT snapshot: EDMPrecond without {missing}"):
+            interop.read(tmp_path / "edm.pkl")
+
+
+def test_a_truncated_snapshot_is_said_to_be_truncated(tmp_path: Path) -> None:
+    path = published.snapshot(tmp_path / "edm.pkl", tensors(), arguments=SONG)
+    whole = path.read_bytes()
+    for length in (*range(0, len(whole), len(whole) // 40), len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(StudyError, match="cannot be read as a pickle: it is truncated"):
+            interop.read(path)
+
+
 def bombs() -> dict[str, bytes]:
     """Small pickles that ask for much."""
     load, (told, parts) = torch.storage._load_from_bytes, storage(numbers(4))
