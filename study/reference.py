@@ -7,7 +7,6 @@ and data, the part, n, and the device, whose rounding is its own; every process 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
 from functools import cache, lru_cache
 from pathlib import Path
@@ -17,14 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from study import evaluate, seeds
-from study.bounded import packed as packed_up
 from study.data import Dataset, to_uint8
 from study.errors import StudyError
 from study.evaluate import Statistics
 from study.extractors import inception
 from study.extractors.inception import Inception
 from study.extractors.names import is_inception
-from study.folder import kept
+from study.folder import arrays, kept, npz
 from study.identity import digest
 from study.settings import Settings
 
@@ -96,28 +94,15 @@ def statistics(dataset: Dataset, n: int, part: str, net: nn.Module) -> Statistic
     settings = {"statistics": STATISTICS, "extractor": f"{net.name}:{net.digest}",
                 "data": dataset.digest, "part": part, "n": n, "device": named}  # fmt: skip
     name = f"statistics-{digest(settings, 16)}.npz"
-    return kept(name, "the reference statistics", unpacked, make, packed)
-
-
-def packed(found: Statistics) -> bytes:
-    """Statistics as an npz file."""
-    file = io.BytesIO()
-    np.savez(file, mu=found["mu"], sigma=found["sigma"])
-    return file.getvalue()
+    return kept(name, "the reference statistics", unpacked, make, lambda found: npz(**found))
 
 
 def unpacked(path: Path) -> Statistics | None:
-    """Statistics, or None where the file is missing, torn (it has a checksum) or not ours."""
-    try:
-        if packed_up(path):
-            return None
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            mu, sigma = arrays["mu"], arrays["sigma"]
-            ours = mu.shape == (inception.FEATURES,) and sigma.shape == mu.shape * 2
-            ours &= sigma.dtype == np.float64
-    except Exception:  # whatever a torn file leads the reader to
-        return None
-    return {"mu": mu, "sigma": sigma} if ours else None
+    """Statistics, or None where the file is missing, torn or not ours."""
+    found = arrays(path)
+    mu, sigma = (found.get(name, np.empty(0)) for name in ("mu", "sigma"))
+    ours = mu.shape == (inception.FEATURES,) and sigma.shape == mu.shape * 2
+    return {"mu": mu, "sigma": sigma} if ours and sigma.dtype == np.float64 else None
 
 
 @cache
