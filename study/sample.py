@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -85,13 +86,15 @@ def check(options: argparse.Namespace) -> None:
     if options.out is None and not options.export:
         options.out = "samples.png"
     if options.out is not None:
-        out = Path(options.out)
+        out = resolved(options.out)
         if is_folder(options.out):
             if out.exists() and (not out.is_dir() or any(out.iterdir())):
                 raise StudyError(f"--out {options.out}: there, and no empty folder")
+            if out == Path.cwd():  # a new folder takes the place of an empty one
+                raise StudyError(f"--out {options.out}: the folder that you are in; name another")
         elif out.suffix not in (".png", ".npy"):
             raise StudyError(f"--out {out}: a .png, a .npy or a folder (ending in /) expected")
-    for path in (options.export, options.out and Path(options.out)):
+    for path in (options.export, options.out and resolved(options.out)):
         if path and not path.parent.is_dir():
             raise StudyError(f"{path}: no folder {path.parent} to write it to")
 
@@ -99,6 +102,11 @@ def check(options: argparse.Namespace) -> None:
 def is_folder(out: str) -> bool:
     """Whether --out names a folder."""
     return out.endswith("/") or Path(out).is_dir()
+
+
+def resolved(out: str) -> Path:
+    """Where --out leads: of a folder, its links followed."""
+    return Path(os.path.realpath(out)) if is_folder(out) else Path(out)
 
 
 def steps(model: Saved, nfe: int | None, mid: float) -> tuple[int, float | None]:
@@ -152,7 +160,7 @@ def write(model: Saved, x: Tensor, out: str) -> None:
 
     from study import measure
 
-    path, images = Path(out), len(model.shape) == 3
+    path, images = resolved(out), len(model.shape) == 3
     if is_folder(out):
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as half:
             whole = Path(half) / path.name

@@ -118,6 +118,32 @@ def test_a_folder_of_images(folders: dict[str, Path], tmp_path: Path) -> None:
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+def test_an_empty_folder_under_any_name_is_filled(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    for name in ("real", "here"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "later").symlink_to("new")
+    words = [str(folders["ct-digits"]), "--count", "2", "--out"]
+    monkeypatch.chdir(tmp_path / "here")
+    for out, made in (("../link", "real"), ("../later/", "new"), ("./../other/", "other")):
+        assert main([*words, out]) == 0, capsys.readouterr().err
+        assert sorted(p.name for p in (tmp_path / made).iterdir()) == ["000000.png", "000001.png"]
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "later").is_symlink()
+    capsys.readouterr()
+    (tmp_path / "itself").symlink_to("here")
+    for out in (".", "./", "../itself", str(tmp_path / "here")):
+        assert main([*words, out]) == 2
+        told = capsys.readouterr().err
+        assert told == f"error: --out {out}: the folder that you are in; name another\n"
+    (tmp_path / "lost").symlink_to("no/where")
+    assert main([*words, "../lost/"]) == 2
+    assert f"no folder {tmp_path}/no to write it to" in capsys.readouterr().err
+    assert not [p for p in tmp_path.rglob(".*")] and not list((tmp_path / "here").iterdir())
+
+
 @pytest.mark.parametrize("words, said", [
     ("edm-digits --nfe 2", "is a denoiser; an odd number from 3"),
     ("edm-digits --nfe 4", "an odd number from 3"),
