@@ -2,7 +2,8 @@
 
 RUN is a run's folder, results/STUDY/runs/NAME; FILE a file of weights: an EDM or ECT snapshot
 (.pkl, whose code is not run) or .safetensors written by --export. Nothing but the files asked for
-is written, each whole or not at all. Exit status: 0 done; 2 the command has to be mended.
+is written, each whole or not at all: a file that is there, samples.png too, is written over, a
+folder that is not empty is refused. Exit status: 0 done; 2 the command has to be mended.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@ is a function of, and where its samples start."""
 
 from __future__ import annotations
 
+import glob
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from study import data, interop, networks, subjects
 from study.consistency import Function
-from study.errors import StudyError, nearest
+from study.errors import StudyError
 from study.evaluate import CHUNK
 from study.factors import Denoising, Factors, Objective, Sigma
 from study.identity import SCHEMA
@@ -27,6 +28,7 @@ from study.store import Folder, read_json
 from study.subjects import FittedMixture, Mixture
 from study.weights import snapshot_at
 
+NAMED = 3  # runs in an error
 MOST = 1024  # pixels a side, or numbers of a vector
 
 
@@ -80,7 +82,21 @@ class Saved:
 def load(path: Path, at: float, ema: str | None) -> Saved:
     """A run's folder or a file of weights. at: share of a run's budget; ema: length of an average,
     or raw; the first where there are several. Raises StudyError for anything else."""
-    return _from_run(path, at, ema) if path.is_dir() else _from_file(path, ema)
+    if path.is_dir():
+        return _from_run(path, at, ema)
+    if not path.exists() and (beside := _runs(path.parent, path.name)):
+        raise StudyError(f"{path}: no such folder; did you mean {' or '.join(beside)}?")
+    run = path.parent.parent
+    if path.parent.name == "snapshots" and (run / "run.json").is_file():
+        raise StudyError(f"{path}: a run's snapshot; give the run's folder, {run}, with --at "
+                         f"{path.stem}")  # fmt: skip
+    return _from_file(path, ema)
+
+
+def _runs(folder: Path, name: str) -> list[str]:
+    """The runs in a folder whose names are this one and more: an id, a seed."""
+    found = sorted(folder.glob(f"{glob.escape(name)}-*"))
+    return [str(path) for path in found if (path / "run.json").is_file()][:NAMED]
 
 
 def _from_run(path: Path, at: float, ema: str | None) -> Saved:
@@ -105,7 +121,8 @@ def _from_run(path: Path, at: float, ema: str | None) -> Saved:
         check_sample(recipe.data, f"{path}: run.json")
     points = [s["at"] for s in trained["snapshots"]]
     if at not in points:
-        raise StudyError(f"{path}: --at {at:g}: no such snapshot; {nearest(at, points)}")
+        allowed = ", ".join(f"{point:g}" for point in points) or "nothing"
+        raise StudyError(f"{path}: --at {at:g}: no such snapshot; allowed: {allowed}")
     weights = interop.average(snapshot_at(folder, at), path, ema)
     shape = tuple(trained.get("shape", ()))
     vectors = len(shape) == 1

@@ -151,7 +151,7 @@ def test_an_empty_folder_under_any_name_is_filled(
     ("ct-digits --nfe 2 --mid 100", "--mid 100.0: a noise level from 0.002 to 80.0"),
     ("ct-digits --count 0", "--count 0: a whole number from 1"),
     ("ct-digits --seed -1", "--seed -1"),
-    ("ct-digits --at 0.25", "--at 0.25: no such snapshot; did you mean '0.5'"),
+    ("ct-digits --at 0.25", "--at 0.25: no such snapshot; allowed: 0.5, 1\n"),
     ("ct-digits --ema 0.2", "ema 0.2: no such average"),
     ("ct-digits --out TMP/x.jpg", "a .png, a .npy or a folder"),
     ("ct-digits --out TMP/no/x.png", "no folder"),
@@ -203,6 +203,33 @@ def test_levels_without_a_bound_are_the_defaults(tmp_path: Path) -> None:
         assert (sigma.min, sigma.max, sigma.data) == (*expected, 0.5)
 
 
+def test_what_was_meant_is_named(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A snapshot's file, a run without its id, without its seed."""
+    run, out = folders["ct-digits"], ["--out", str(tmp_path / "x.png")]
+    whole, seed = str(run).rpartition("-")[0], str(run).rpartition("-s0-")[0]
+    assert main([str(run / "snapshots" / "0.500.pt"), *out]) == 2
+    told = f"error: {run}/snapshots/0.500.pt: a run's snapshot; give the run's folder, {run}, with"
+    assert capsys.readouterr().err == f"{told} --at 0.500\n"
+    assert main([str(run), "--at", "0.500", "--count", "1", *out]) == 0
+    capsys.readouterr()
+    for name in (whole, seed):
+        assert main([name, *out]) == 2
+        told = f"error: {name}: no such folder; did you mean {run}?\n"
+        assert capsys.readouterr().err == told
+    for name in (str(run)[:-1], whole.replace("ct", "c[t]")):
+        assert main([name, *out]) == 2
+        assert capsys.readouterr().err == f"error: {name}: no such file of weights\n"
+
+
+def test_help_says_what_is_written_over(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "a file that is there, samples.png too, is written over, a folder that is not" in told
+
+
 def test_a_gpu_that_is_not_there(
     folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,7 +241,8 @@ def test_a_gpu_that_is_not_there(
 def test_a_file_says_what_its_weights_are_of(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    snapshot = folders["ct-digits"] / "snapshots" / "1.000.pt"
+    snapshot = tmp_path / "1.000.pt"
+    snapshot.write_bytes((folders["ct-digits"] / "snapshots" / "1.000.pt").read_bytes())
     assert main([str(snapshot), "--out", str(tmp_path / "x.png")]) == 2
     assert "does not say what network" in capsys.readouterr().err
     assert main([str(folders["ct-plane"]), "--export", str(tmp_path / "v.safetensors")]) == 0
