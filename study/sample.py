@@ -139,11 +139,18 @@ def drawn(model: Saved, options: argparse.Namespace, console: Console) -> Tensor
     set_up()
     device = usable(devices(options.device, None)[0])
     function = model.function(device, chunk)
+
+    def too_many(option: str, n: int) -> StudyError:
+        return StudyError(f"--{option} {n}: too many at once for {device}'s memory; give fewer")
+
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("samples", total=nfe * -(-count // chunk))
 
         def counted(x: Tensor, t: Tensor) -> Tensor:
-            y = function(x, t)
+            try:
+                y = function(x, t)
+            except torch.OutOfMemoryError:
+                raise too_many("batch", chunk) from None
             bar.advance(task)
             return y
 
@@ -151,8 +158,8 @@ def drawn(model: Saved, options: argparse.Namespace, console: Console) -> Tensor
         arguments = record, model.shape, model.sigma, options.seed, DRAW, device, chunk
         try:
             return evaluate.samples(counted, *arguments)
-        except torch.OutOfMemoryError:
-            raise StudyError(f"--batch {chunk}: too many at once for {device}'s memory") from None
+        except torch.OutOfMemoryError:  # beside the network there are all samples and their noise
+            raise too_many("count", count) from None
 
 
 def write(model: Saved, x: Tensor, out: str) -> None:

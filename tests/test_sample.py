@@ -203,6 +203,32 @@ def test_levels_without_a_bound_are_the_defaults(tmp_path: Path) -> None:
         assert (sigma.min, sigma.max, sigma.data) == (*expected, 0.5)
 
 
+@pytest.mark.parametrize("place, told", [
+    ("function", "--batch 7: too many at once for cpu's memory; give fewer"),
+    ("noise", "--count 9: too many at once for cpu's memory; give fewer"),
+])  # fmt: skip
+def test_memory_that_is_too_small_names_the_option_that_asks_for_it(
+    place: str,
+    told: str,
+    folders: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The network's activations grow with the batch, the noise with all samples."""
+
+    def full(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    if place == "noise":
+        monkeypatch.setattr(evaluate, "noise", full)
+    else:
+        monkeypatch.setattr("study.saved.function_of", lambda *_: full)
+    words = ["--count", "9", "--batch", "7", "--out", str(tmp_path / "x.png")]
+    assert main([str(folders["ct-digits"]), *words]) == 2
+    assert capsys.readouterr().err == f"error: {told}\n"
+
+
 def test_what_was_meant_is_named(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
