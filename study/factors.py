@@ -130,7 +130,13 @@ class FromWeights(Kind, frozen=True, tag="weights"):
     a run (.pt, .pth; its first EMA), .safetensors. The file is known by its name, the last part of
     the path, and may move; its digest stands in trained.json."""
 
-    weights: Annotated[str, Meta(pattern=r"[^/]\.(pkl|pt|pth|safetensors)$")]
+    weights: Annotated[
+        str,
+        Meta(
+            pattern=r"[^/]\.(pkl|pt|pth|safetensors)$",
+            description="a .pkl, .pt, .pth or .safetensors file",
+        ),
+    ]
 
 
 class NoHead(Kind, frozen=True, tag="none"):

@@ -281,8 +281,11 @@ def convert(value: Any, kind: Any, where: typing.Callable[[str], str]) -> Any:  
         part, given = path.rstrip("`"), value
         for step in re.findall(r"\.(\w+)|\[(\d+)\]", part):
             given = given[step[0]] if step[0] else given[int(step[1])]
-        if options := _literals(kind, value, part):
-            reason = nearest(given, options)
+        at = _type_at(kind, value, part)
+        if typing.get_origin(bare := _bare(at)) is typing.Literal:
+            reason = nearest(given, typing.get_args(bare))
+        elif "matching regex" in reason:  # whose type says it in words
+            reason = f"{at.__metadata__[0].description} expected"
         elif reason.startswith("Expected `array`") and isinstance(given, str | int | float):
             reason = f"a list expected: [{given}]"
         raise StudyError(
@@ -290,17 +293,23 @@ def convert(value: Any, kind: Any, where: typing.Callable[[str], str]) -> Any:  
         ) from None
 
 
-def _literals(kind: Any, value: Any, part: str) -> list[str]:  # noqa: ANN401
-    """The words allowed at a part of a value of this type; none where it is not one of a few."""
+def _member(kind: Any) -> Any:  # noqa: ANN401
+    """X of a type `X | None`, else the type."""
+    members = [m for m in typing.get_args(kind) if m is not type(None)]
+    optional = typing.get_origin(kind) in (typing.Union, types.UnionType) and len(members) == 1
+    return members[0] if optional else kind
 
-    def bare(kind: Any) -> Any:  # noqa: ANN401
-        members = [m for m in typing.get_args(kind) if m is not type(None)]
-        if typing.get_origin(kind) in (typing.Union, types.UnionType) and len(members) == 1:
-            kind = members[0]  # a value or null
-        return typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
 
+def _bare(kind: Any) -> Any:  # noqa: ANN401
+    """The type without bounds and null."""
+    kind = _member(kind)
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
+
+
+def _type_at(kind: Any, value: Any, part: str) -> Any:  # noqa: ANN401
+    """The type, with its bounds, of a part of a value of this type; None where not known."""
     for name, index in re.findall(r"\.(\w+)|\[(\d+)\]", part):
-        kind = bare(kind)
+        kind = _bare(kind)
         if kinds := tags(kind):
             kind = kinds.get(str(value.get("kind")), kind)
         value = value[name] if name else value[int(index)]
@@ -308,8 +317,7 @@ def _literals(kind: Any, value: Any, part: str) -> list[str]:  # noqa: ANN401
             kind = next(iter(typing.get_args(kind)), None)
         elif is_struct(kind):
             kind = typing.get_type_hints(kind, include_extras=True).get(name)
-    kind = bare(kind)
-    return list(typing.get_args(kind)) if typing.get_origin(kind) is typing.Literal else []
+    return _member(kind)
 
 
 def tags(kind: Any) -> dict[str, type]:  # noqa: ANN401

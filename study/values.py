@@ -14,7 +14,9 @@ Width = Annotated[int, Meta(ge=1, le=65_536)]
 Steps = Annotated[int, Meta(ge=1, le=1_000_000)]
 Share = Annotated[float, Meta(gt=0, le=1)]
 Decay = Annotated[float, Meta(ge=0, lt=1)]
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")]
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z",
+                           description="a name of 1 to 64 letters, digits, _, . and -, a letter "
+                                       "or digit first,")]  # fmt: skip
 
 
 class Value(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

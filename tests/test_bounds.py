@@ -107,7 +107,7 @@ def beyond(kind: Any) -> Iterator[Case]:
     elif typing.get_origin(bare) is typing.Literal:
         yield "", "nonsense", "nonsense", str(typing.get_args(bare)[0])
     elif bare is str and meta and meta.pattern:
-        yield "", "/", "/", "matching regex"
+        yield "", "/", "/", f"given; {meta.description} expected"
     else:
         assert bare in (str, bool, type(None)), bare
 
@@ -169,6 +169,18 @@ def test_so_is_one_of_any_layer(
         read(tmp_path, sets=(f"{where}.{key}={value}",))
     assert f"small.yaml: {where}.{key}: {value} given; expected" in str(error.value)
     assert bound in str(error.value)
+
+
+@pytest.mark.parametrize(("key", "given", "expected"), [
+    ("init.weights", "../photos", "a .pkl, .pt, .pth or .safetensors file expected"),
+    ("score", "{kind: teacher, run: a/b}", "a name of 1 to 64 letters, digits, _, . and -, a "
+                                           "letter or digit first, expected"),
+    ("score", "{kind: blend, alpha: 0, beta: 0, run: a/b}", "a name of 1 to 64 letters"),
+])  # fmt: skip
+def test_a_pattern_is_told_in_words(key: str, given: str, expected: str, tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="given; ") as error:
+        read(tmp_path, sets=(f"variants.ct.{key}={given}",))
+    assert expected in str(error.value) and "regex" not in str(error.value)
 
 
 @pytest.mark.parametrize("where", ["seeds", "variants.ct.seeds", "sources.edm.seeds"])
