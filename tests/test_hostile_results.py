@@ -245,7 +245,8 @@ SAMPLED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "factors of another kind": ("run.json", changed(factors={"data": 1}), "of another version"),
     "an objective of another kind": (
         "run.json", changed(factors={"objective": {"kind": []}}), "of another version"),
-    "no noise levels": ("trained.json", changed(sigma_data=-1.0), "of another version"),
+    "no noise levels": ("trained.json", changed(sigma_data=-1.0), "sigma.data: -1.0 given"),
+    "a deviation that is gone": ("trained.json", changed(sigma_data=GONE), "data None given"),
     "a torn one": ("trained.json", put("{"), "trained.json: cannot be read"),
 }  # fmt: skip
 
