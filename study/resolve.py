@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,7 @@ from study.meaning import references, simplest
 from study.metrics import Measure
 from study.places import check_places
 from study.settings import Settings, score_settings, settings_of
-from study.spec import Primary, Recipe, Run, Study, check_rounding, compared, meant
+from study.spec import SECTIONS, Primary, Recipe, Run, Study, check_rounding, compared, meant
 
 PRESETS = Path(__file__).with_name("presets.yaml")
 KEYS = tuple("question primary compare base sources variants cells seeds measure".split())
@@ -55,8 +56,8 @@ class Resolver:
                 raise StudyError(f"{file}: {key}: no such key; {meant(key, KEYS)}")
         self.tree = tree
         self.base = self._section("base")
-        self.sources = self._named("sources")
-        self.variants = self._named("variants")
+        self.groups = {key: self._named(key) for key in SECTIONS.values()}
+        self.sources, self.variants = self.groups["sources"], self.groups["variants"]
         self.cells = self._named("cells") or {self.name: {}}
         self.presets = read_file(PRESETS)
         if not self.variants:
@@ -85,20 +86,13 @@ class Resolver:
         """Resolves everything; runs come in an order in which sources precede their users."""
         many = len(self.cells) * (len(self.sources) + len(self.variants))
         check_runs(many, self.seeds, self.file)
-        recipes = [
-            self._recipe(name, role, cell)
-            for cell in self.cells
-            for role, group in (("teacher", self.sources), ("student", self.variants))
-            for name in group
-        ]
-        table = {(r.name, r.cell): r for r in recipes}
-        recipes = [self._charged(r, table) for r in recipes]
-        table = {(r.name, r.cell): r for r in recipes}
+        table: dict[tuple[str, str], Recipe] = {}
+        for cell, (role, key) in product(self.cells, SECTIONS.items()):
+            for name in self.groups[key]:  # sources first: variants are charged with them
+                table[name, cell] = self._charged(self._recipe(name, role, cell), table)
+        recipes = list(table.values())
         check_measurements(recipes, self.file)
-        sources: dict[str, dict[str, Recipe]] = {cell: {} for cell in self.cells}
-        for recipe in recipes:
-            if recipe.role == "teacher":
-                sources[recipe.cell][recipe.name] = recipe
+        sources = {c: {name: table[name, c] for name in self.sources} for c in self.cells}
         for recipe in recipes:
             check_recipe(recipe, self._where(recipe), sources[recipe.cell], self.variants)
         check_places(recipes, self._where)
@@ -139,11 +133,9 @@ class Resolver:
 
     # --- one recipe ---
 
-    def _chain(
-        self, name: str, group: dict, where: str, seen: tuple[str, ...] = ()
-    ) -> list[tuple[str, dict]]:
+    def _chain(self, key: str, name: str, seen: tuple[str, ...] = ()) -> list[tuple[str, dict]]:
         """The layers of a variant or source, `from` first: (where it stands, its own keys)."""
-        own = dict(group[name])
+        where, own = f"{key}.{name}", dict(self.groups[key][name])
         if where in seen:
             raise StudyError(f"{self.file}: {where}.from: a cycle: {' -> '.join((*seen, where))}")
         if len(seen) > MOST_ABOVE:
@@ -154,13 +146,8 @@ class Resolver:
         if not isinstance(origin, str):
             raise StudyError(f"{self.file}: {where}.from: {origin!r} given; one name expected")
         preset = origin.removeprefix("preset:")
-        if origin in self.variants or origin in self.sources:
-            group, key = (
-                (self.variants, "variants")
-                if origin in self.variants
-                else (self.sources, "sources")
-            )
-            below = self._chain(origin, group, f"{key}.{origin}", (*seen, where))
+        if above := next((k for k, group in self.groups.items() if origin in group), None):
+            below = self._chain(above, origin, (*seen, where))
         elif preset in self.presets:
             below = [(f"preset {preset}", mapping(self.presets[preset], f"preset {preset}"))]
         else:
@@ -169,16 +156,14 @@ class Resolver:
         return [*below, (where, own)]
 
     def _recipe(self, name: str, role: str, cell: str) -> Recipe:
-        key, group = (
-            ("variants", self.variants) if role == "student" else ("sources", self.sources)
-        )
+        key = SECTIONS[role]
         cell_keys = {k: v for k, v in self.cells[cell].items() if k not in ("measure", "primary")}
         layered = Layered(Factors, self.file)
         layered.add(self.base, "base")
         fixed = layered.add(cell_keys, f"cells.{cell}")
         charge: object = ()
         seeds = self.seeds
-        for where, own in self._chain(name, group, f"{key}.{name}"):
+        for where, own in self._chain(key, name):
             charge = own.pop("charge", charge) or ()
             if "seeds" in own:
                 given = self._seeds(own.pop("seeds"), f"{where}.seeds")
@@ -252,17 +237,20 @@ class Resolver:
 
     def _measure(self, cell: str, factors: Factors) -> Measure:
         """The study's `measure` with the cell's laid over it."""
-        layered = Layered(Measure, self.file)
-        layered.add(self._section("measure"), "measure")
-        where = f"cells.{cell}.measure"
-        layered.add(mapping(self.cells[cell].get("measure"), f"{self.file}: {where}"), where)
+        layered = self._layered(Measure, "measure", cell)
         measure = layered.build()
         check_measure(measure, factors, layered.where)
         return measure
 
+    def _layered(self, kind: type, key: str, cell: str) -> Layered:
+        """A section of the file with the cell's own laid over it."""
+        layered, where = Layered(kind, self.file), f"cells.{cell}.{key}"
+        layered.add(self._section(key), key)
+        layered.add(mapping(self.cells[cell].get(key), f"{self.file}: {where}"), where)
+        return layered
+
     def _where(self, recipe: Recipe) -> str:
-        key = "variants" if recipe.role == "student" else "sources"
-        return f"{self.file}: {key}.{recipe.name}"
+        return f"{self.file}: {recipe.place}"
 
     # --- what holds between recipes ---
 
@@ -320,11 +308,8 @@ class Resolver:
     def _primaries(self, table: Mapping[tuple[str, str], Recipe]) -> dict[str, Primary]:
         """The primary comparison of each cell, checked against what is measured there."""
         result = {}
-        for cell, keys in self.cells.items():
-            layered = Layered(Primary, self.file)
-            layered.add(self._section("primary"), "primary")
-            where = f"cells.{cell}.primary"
-            layered.add(mapping(keys.get("primary"), f"{self.file}: {where}"), where)
+        for cell in self.cells:
+            layered = self._layered(Primary, "primary", cell)
             if not layered.values:
                 continue
             primary = layered.build()

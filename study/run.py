@@ -177,8 +177,7 @@ def check_weights(store: Store, wanted: list[Run], thorough: bool) -> None:
         if path := weights_file(run.recipe.factors):
             users.setdefault(path, []).append(run)
     for path, runs in users.items():
-        roles = {"teacher": "sources", "student": "variants"}
-        names = dict.fromkeys(f"{roles[r.recipe.role]}.{r.recipe.name}" for r in runs)
+        names = dict.fromkeys(r.recipe.place for r in runs)
         where = f"{store.study.name}: {', '.join(names)}"
         begun = all(store.folders[r.id].trained for r in runs if r in wanted)
         if begun and not path.exists():

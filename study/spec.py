@@ -22,6 +22,8 @@ from study.metrics import Measure
 from study.settings import Settings, applies
 from study.values import Share, Value
 
+SECTIONS = {"teacher": "sources", "student": "variants"}  # of a study file, by role
+
 
 class Primary(Value, frozen=True):
     """The comparison the study was made for, declared before it ran; margin in the transformed
@@ -49,6 +51,11 @@ class Recipe:
     charge: tuple[str, ...]
     seeds: tuple[int, ...]
     measure: Measure
+
+    @property
+    def place(self) -> str:
+        """Where the study file has it."""
+        return f"{SECTIONS[self.role]}.{self.name}"
 
 
 @dataclass(frozen=True)
