@@ -33,7 +33,7 @@ from study.forecast import Speeds, kind_of
 from study.jobs import Job
 from study.parameters import remarks
 from study.pinned import GIVEN, OWN, code, pin
-from study.progress import label
+from study.progress import label, say
 from study.queued import (
     FOLDER,
     SILENT,
@@ -127,32 +127,29 @@ def submit(
                and not store.blocked(r, options.retry)]  # fmt: skip
     new = [r for r in missing if not queue.due(r.id, store.folders[r.id], states[r.id])]
     if left_out := set_for_sbatch():
-        Console(stderr=True).print(
-            f"{', '.join(left_out)} of the environment left out: --slurm alone says what jobs ask "
-            "for", highlight=False, markup=False, soft_wrap=True)  # fmt: skip
+        say(Console(stderr=True), f"{', '.join(left_out)} of the environment left out: --slurm "
+            "alone says what jobs ask for")  # fmt: skip
     if not queue.known:
-        console.print(f"{SILENT}: what is queued already may be submitted again, and "
-                      "will leave as soon as it starts", highlight=False)  # fmt: skip
-    for line in queue.others if options.plan else ():  # else the summary says so
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"{several(len(new), 'run')} to submit, {len(missing) - len(new)} queued "
-                  f"already, {list(states.values()).count('running')} running", highlight=False)
+        say(console, f"{SILENT}: what is queued already may be submitted again, and will leave as "
+            "soon as it starts")  # fmt: skip
+    if options.plan:  # else the summary says so
+        say(console, *queue.others)
+    say(console, f"{several(len(new), 'run')} to submit, {len(missing) - len(new)} queued "
+        f"already, {list(states.values()).count('running')} running")  # fmt: skip
     tried = {r.id: "pending" for r in new if states[r.id] != "failed"}
-    for line in queue.lines(tried, {r.id: label(r) for r in new}):  # why it was not made before
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    say(console, *queue.lines(tried, {r.id: label(r) for r in new}))  # why it was not made before
     trained = {i for i, folder in store.folders.items() if folder.trained is not None}
     times = _times(store, new, trained, speeds, console)
     told = config()
     most = limit(told)
     if most is None and options.plan:
-        console.print(f"Slurm does not say how long an array may be: {ARRAY} assumed")
+        say(console, f"Slurm does not say how long an array may be: {ARRAY} assumed")
     minutes = SHARE if options.minutes is None else options.minutes
     todo = arrays(new, times, minutes, most or ARRAY, queue, trained)
     home = _home(store.path, options)
     first = f"export PYTHONPATH={shlex.quote(str(home))}${{PYTHONPATH:+:$PYTHONPATH}}"
     values["setup"] = [*(values.get("setup") or []), SAFE, first, _whole(home)]
-    for line in remarks(values):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    say(console, *remarks(values))
     if options.plan:
         for i, array in enumerate(todo, 1):
             _show(console, f"array{i}", array, values, times, store)
@@ -181,9 +178,8 @@ def _times(store: Store, runs: Sequence[Run], trained: Collection[str], speeds: 
         times[run.id] = training[0] + (MEASURE * due if beside is None else beside)
     if assumed:
         said = " and ".join(sorted(assumed))
-        console.print(f"how long runs take is not known: {said} assumed; "
-                      f"python -m study.bench finds out {speeds.where}",
-                      highlight=False)  # fmt: skip
+        say(console, f"how long runs take is not known: {said} assumed; "
+            f"python -m study.bench finds out {speeds.where}")  # fmt: skip
     return times
 
 
@@ -224,8 +220,7 @@ def _show(console: Console, name: str, array: Array, values: dict[str, Any],
     for i, job in enumerate(array.jobs):
         length = sum(times[r.id] for r in job) / 60
         lines.append(f"  job {i}, about {length:.1f} minutes: {', '.join(map(label, job))}")
-    for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    say(console, *lines)
 
 
 def _send(todo: list[Array], values: dict[str, Any], home: Path, cluster: str | None,
@@ -274,5 +269,5 @@ def _send(todo: list[Array], values: dict[str, Any], home: Path, cluster: str | 
                 f"{', and the same command leaves that alone' if ids else ''}"
             ) from None
         ids[f"array{i}"] = number
-        console.print(f"submitted {number}: {several(len(asked), 'job')}, "
-                      f"{several(sum(map(len, asked)), 'run')}", highlight=False)  # fmt: skip
+        say(console, f"submitted {number}: {several(len(asked), 'job')}, "
+            f"{several(sum(map(len, asked)), 'run')}")  # fmt: skip

@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable
 from functools import partial
 from itertools import takewhile
 from multiprocessing import forkserver, resource_tracker
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from study.entry import main
 from study.errors import StudyError
-from study.progress import Display
+from study.progress import Display, say
 from study.sharing import sharing
 from study.spec import Run
 from study.store import Store, append_line, now
@@ -65,6 +64,7 @@ class Launcher:
         retry: bool = False,
     ) -> None:
         self.store, self.slots, self.display = store, slots, display
+        self.say = partial(say, display.console)
         self.all = store.study.unique
         states = {r.id: store.folders[r.id].state(r, thorough=True) for r in wanted}
         skip = {"done"} if retry else {"done", "failed"}
@@ -81,14 +81,10 @@ class Launcher:
         """Works until done, `deadline` (time.monotonic) or a signal."""
         before = {s: signal.signal(s, self.stop) for s in STOP_SIGNALS}
         if self.waiting:
-            self.display.console.print(
-                f"{len(self.waiting)} runs to work on, {len(self.slots)} at a time on "
-                f"{', '.join(sorted(set(self.slots)))}",
-                highlight=False,
-            )
-        say = partial(self.display.console.print, highlight=False, markup=False)
+            self.say(f"{len(self.waiting)} runs to work on, {len(self.slots)} at a time on "
+                     f"{', '.join(sorted(set(self.slots)))}")  # fmt: skip
         try:
-            with self.display, sharing(self.slots[: len(self.waiting)], say):
+            with self.display, sharing(self.slots[: len(self.waiting)], self.say):
                 self._here(deadline) if in_process else self._pool(deadline)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -101,7 +97,7 @@ class Launcher:
 
         if deadline is not None:  # an alarm, which the worker takes as a request to stop
             signal.setitimer(signal.ITIMER_REAL, max(1e-3, deadline - time.monotonic()))
-        while not self.stopping and (run := self._next(lambda run: False)):
+        while not self.stopping and (run := self._next()):
             if deadline is not None and time.monotonic() > deadline:
                 return
             self.display.started(run)
@@ -109,9 +105,9 @@ class Launcher:
             self.stopping |= result == worker.STOPPED
             self.display.ended(run, self.store.folders[run.id].state(run))
 
-    def _next(self, skip: Callable[[Run], bool]) -> Run | None:
+    def _next(self) -> Run | None:
         for run in self.store.ready(self.waiting.values()):
-            if not skip(run):
+            if self.foreign.get(run.id, 0) <= time.monotonic():
                 return self.waiting.pop(run.id)
         return None
 
@@ -157,7 +153,7 @@ class Launcher:
         for slot, device in enumerate(self.slots):
             if slot in self.active:
                 continue
-            run = self._next(lambda r: self.foreign.get(r.id, 0) > time.monotonic())
+            run = self._next()
             if run is None:
                 return
             folders = {i: self.store.folders[i] for i in (run.id, *run.reads)}
@@ -183,5 +179,5 @@ class Launcher:
                 folder.path.mkdir(parents=True, exist_ok=True)
                 append_line(folder.file("attempts.jsonl"), row)
             except OSError as error:  # full or read-only: say it here, since the folder can't
-                self.display.console.print(f"{folder.path}: {row['reason']}; {error}")
+                self.say(f"{folder.path}: {row['reason']}; {error}")
         self.display.ended(run, folder.state(run))

@@ -6,7 +6,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -33,6 +32,20 @@ MANY_SEEDS = 12
 def label(run: Run) -> str:
     """variant-cell-sSEED, as in the folder's name, without the id."""
     return run.folder.rpartition("-")[0]
+
+
+def say(console: Console, *lines: str) -> None:
+    """Prints lines as they are: codes for a terminal written out, nothing taken for markup, and
+    none folded, so that a path can be copied."""
+    for line in lines:
+        console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
+
+
+def reason(folder: Folder, outcome: str) -> str:
+    """Why a run failed, and where its log is, or why it diverged; nothing of others."""
+    if outcome == "failed":
+        return f"{folder.reason()}\n  log: {folder.file('log.txt')}"
+    return str(folder.trained["reason"]) if outcome == "diverged" else ""
 
 
 class Display:
@@ -64,12 +77,7 @@ class Display:
     def __enter__(self) -> None:
         self.bars.start()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.bars.stop()
 
     def started(self, run: Run) -> None:
@@ -79,7 +87,7 @@ class Display:
             label(run), total=run.recipe.factors.budget.images, note="starting"
         )
         if not self.live:
-            self.console.print(f"start  {label(run)}", highlight=False)
+            say(self.console, f"start  {label(run)}")
 
     def progress(self, run: Run, row: Mapping | None) -> None:
         """The run's last log row."""
@@ -99,19 +107,11 @@ class Display:
         self.count += state == "done"
         if self.live or not state:
             return
-        seconds, folder, why = time.monotonic() - self.start[run.id], self.folders[run.id], ""
-        trained = folder.trained or {}
-        if state == "failed":
-            why = f"\n  {folder.reason()}\n  log: {folder.file('log.txt')}"
-        elif trained.get("outcome") == "diverged":
-            state, why = "diverged", f"\n  {trained['reason']}"
-        self.console.print(
-            f"{state:<6} {label(run)}  {seconds:.1f} s  [{self.count} of {self.runs} runs]"
-            f"{printable(why)}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        seconds, folder = time.monotonic() - self.start[run.id], self.folders[run.id]
+        state = "diverged" if folder.outcome == "diverged" else state
+        why = reason(folder, state)
+        say(self.console, f"{state:<6} {label(run)}  {seconds:.1f} s  "
+                          f"[{self.count} of {self.runs} runs]" + f"\n  {why}" * bool(why))
 
 
 def outcomes(store: Store, states: Mapping[str, str], retry: bool = False) -> dict[str, str]:
@@ -119,7 +119,7 @@ def outcomes(store: Store, states: Mapping[str, str], retry: bool = False) -> di
     source diverged or failed (unless that is tried again)."""
     result = dict(states)
     for i, state in states.items():
-        if state == "done" and (store.folders[i].trained or {}).get("outcome") == "diverged":
+        if state == "done" and store.folders[i].outcome == "diverged":
             result[i] = "diverged"
         elif state in ("pending", "interrupted") and store.blocked(store.study.unique[i], retry):
             result[i] = "blocked"

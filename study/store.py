@@ -167,6 +167,11 @@ class Folder:
         """trained.json, or None while training is not finished. Raises StudyError if torn."""
         return read_json(self.file("trained.json"), Trained)
 
+    @property
+    def outcome(self) -> str | None:
+        """How training ended, trained or diverged; None while it has not."""
+        return (self.trained or {}).get("outcome")
+
     def digest(self, name: str) -> str:
         """SHA-256 that training wrote of one of its files. Raises StudyError where it did not."""
         known = (self.trained or {"sha256": {}})["sha256"]
@@ -335,7 +340,7 @@ class Store:
         None where it can."""
         for source in (self.study.unique[i] for i in run.reads):
             folder = self.folders[source.id]
-            outcome = (folder.trained or {}).get("outcome")
+            outcome = folder.outcome
             failed = outcome is None and not retry and folder.state(source) == "failed"
             if failed or outcome == "diverged":
                 return f"its source {source.recipe.name} {outcome or 'failed'}"
@@ -346,5 +351,5 @@ class Store:
     def ready(self, waiting: Iterable[Run]) -> Iterator[Run]:
         """The runs whose referenced runs are all trained."""
         for run in waiting:
-            if all((self.folders[i].trained or {}).get("outcome") == "trained" for i in run.reads):
+            if all(self.folders[i].outcome == "trained" for i in run.reads):
                 yield run
