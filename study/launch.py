@@ -16,6 +16,8 @@ from itertools import takewhile
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
+from rich.console import Console
+
 from study.entry import main
 from study.errors import StudyError
 from study.progress import Display, say
@@ -60,13 +62,14 @@ class Launcher:
         store: Store,
         wanted: list[Run],
         slots: list[str],
-        display: Display,
+        console: Console,
         retry: bool = False,
     ) -> None:
-        self.store, self.slots, self.display = store, slots, display
-        self.say = partial(say, display.console)
+        self.store, self.slots, self.say = store, slots, partial(say, console)
         self.all = store.study.unique
         states = {r.id: store.folders[r.id].state(r, thorough=True) for r in wanted}
+        done = {i for i, state in states.items() if state == "done"}
+        self.display = Display(console, wanted, done, store.folders)
         skip = {"done"} if retry else {"done", "failed"}
         self.waiting = {r.id: r for r in wanted if states[r.id] not in skip}
         self.active: dict[int, tuple[Run, multiprocessing.process.BaseProcess]] = {}

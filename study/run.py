@@ -25,7 +25,7 @@ from study.halves import check_whole
 from study.launch import Launcher, devices
 from study.parameters import parameters
 from study.places import present, weights_file
-from study.progress import Display, label, outcomes, reason, say, state_table
+from study.progress import label, outcomes, reason, say, state_table
 from study.queued import Queue
 from study.resolve import load
 from study.spec import Run, Study
@@ -134,14 +134,11 @@ def fetch_data(study: Study) -> dict[Data, str]:
     digests: dict[Data, str] = {}
     for data in {r.recipe.factors.data for r in study.runs}:
         data = getattr(data, "of", data)  # a fitted mixture reads the images it is fitted to
-        if isinstance(data, FashionMnist):
-            from study import fashion_mnist  # numpy, which --plan and --status do without
+        if isinstance(data, FashionMnist | Cifar10):
+            from study import cifar10, fashion_mnist  # numpy, which --plan and --status do without
 
-            fashion_mnist.load(None if data.root is None else Path(data.root))
-        elif isinstance(data, Cifar10):
-            from study import cifar10
-
-            cifar10.load(None if data.root is None else Path(data.root))
+            module = fashion_mnist if isinstance(data, FashionMnist) else cifar10
+            module.load(None if data.root is None else Path(data.root))
         elif isinstance(data, Images):
             from study import folder
 
@@ -269,12 +266,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.on and not options.status:
             submit(store, wanted, asked, options, console)
         elif slots:
-            done = {i for i, s in store.states(thorough=True).items() if s == "done"}
-            display = Display(console, wanted, done, store.folders)
             deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
-            Launcher(store, wanted, slots, display, options.retry).run(
-                deadline, options.workers == 0
-            )
+            launcher = Launcher(store, wanted, slots, console, options.retry)
+            launcher.run(deadline, options.workers == 0)
         return summary(console, store, wanted)
     except StudyError as error:
         problems.print(

@@ -200,12 +200,13 @@ class Folder:
             raise StudyError(f"{self.path}: run.json belongs to run {known.get('id')}")
 
     @contextmanager
-    def lock(self) -> Iterator[bool]:
-        """Holds the run's lock; yields False where another process has it."""
+    def lock(self, patience: float = 0.5) -> Iterator[bool]:
+        """Holds the run's lock; yields False where another process has it for longer than
+        `patience` seconds, which ride out a glance by `locked`."""
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.file("lock"))
         try:
-            lock.acquire(timeout=0.5, poll_interval=0.05)  # rides out a glance by `locked`
+            lock.acquire(timeout=patience, poll_interval=0.05)
         except Timeout:
             yield False
             return
@@ -219,13 +220,8 @@ class Folder:
         """Whether a living process holds the lock."""
         if not self.file("lock").exists():
             return False
-        lock = FileLock(self.file("lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return True
-        lock.release()
-        return False
+        with self.lock(patience=0) as mine:
+            return not mine
 
     def due(self, run: Run, thorough: bool = False) -> list:
         """Settings asked of the run at points it has a snapshot for, and not yet measured.
