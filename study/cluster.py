@@ -165,17 +165,15 @@ def _times(store: Store, runs: Sequence[Run], trained: Collection[str], speeds: 
     """Seconds of each run's work; says what of it had to be assumed."""
     times, assumed = {}, set()
     for run in runs:
-        folder = store.folders[run.id]
-        training, beside = speeds.training(run), speeds.beside(run)
-        due = len(folder.due(run, thorough=True) if run.id in trained else run.measures)
+        due, training, beside = run.measures, speeds.training(run), speeds.beside(run)
         if run.id in trained:
-            training = 0.0, False
+            due, training = store.folders[run.id].due(run, thorough=True), (0.0, False)
         if training is None:
             training = run.recipe.factors.budget.images / SLOW, False
             assumed.add(f"{SLOW:,.0f} images a second")
         if beside is None and due:
             assumed.add(f"{MEASURE:.0f} s a measurement")
-        times[run.id] = training[0] + (MEASURE * due if beside is None else beside)
+        times[run.id] = training[0] + (MEASURE * len(due) if beside is None else beside)
     if assumed:
         said = " and ".join(sorted(assumed))
         say(console, f"how long runs take is not known: {said} assumed; "
@@ -235,7 +233,7 @@ def _send(todo: list[Array], values: dict[str, Any], home: Path, cluster: str | 
     start = [sys.executable, "-u", str(home / SEALED), sealed.digest(home)]
     ids: dict[str, str] = {}
     for i, array in enumerate(todo, 1):
-        device = "cpu" if options.device == "cpu" else "cuda"
+        device = kind_of(options.device, on_cluster=True)
         asked = [[r.id for r in job] for job in array.jobs]
         given = [str(home / GIVEN / options.study.name), list(options.set),
                  str(options.results.absolute()), device, options.retry]  # fmt: skip

@@ -12,9 +12,10 @@ from typing import Literal, TypedDict
 import msgspec
 
 from study.errors import StudyError
-from study.factors import Budget, FixedPoint, Random
+from study.factors import Budget, Random
 from study.identity import difference, digest
 from study.launch import gpus
+from study.meaning import updated
 from study.spec import Run
 from study.store import Attempt, Folder, Store, read_json, read_lines
 
@@ -60,8 +61,7 @@ def step_key(run: Run) -> str:
 
 def is_timed(run: Run) -> bool:
     """Whether the run takes steps that can be timed."""
-    factors = run.recipe.factors
-    return factors.budget.images != 0 and not isinstance(factors.objective, FixedPoint)
+    return updated(run.recipe.factors)
 
 
 def kind_of(device: str, on_cluster: bool = False) -> Kind:
