@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -89,7 +88,7 @@ class Resolver:
         table: dict[tuple[str, str], Recipe] = {}
         for cell, (role, key) in product(self.cells, SECTIONS.items()):
             for name in self.groups[key]:  # sources first: variants are charged with them
-                table[name, cell] = self._charged(self._recipe(name, role, cell), table)
+                table[name, cell] = self._recipe(name, role, cell, table)
         recipes = list(table.values())
         check_measurements(recipes, self.file)
         sources = {c: {name: table[name, c] for name in self.sources} for c in self.cells}
@@ -155,7 +154,9 @@ class Resolver:
             raise StudyError(f"{self.file}: {where}.from: {origin!r}; {nearest(origin, names)}")
         return [*below, (where, own)]
 
-    def _recipe(self, name: str, role: str, cell: str) -> Recipe:
+    def _recipe(
+        self, name: str, role: str, cell: str, table: Mapping[tuple[str, str], Recipe]
+    ) -> Recipe:
         key = SECTIONS[role]
         cell_keys = {k: v for k, v in self.cells[cell].items() if k not in ("measure", "primary")}
         layered = Layered(Factors, self.file)
@@ -179,30 +180,29 @@ class Resolver:
                         f"{self.file}: {where}.{path}: cell {cell!r} sets this key, so "
                         "no variant may; only sources override a cell"
                     )
+        place = f"{self.file}: {key}.{name}.charge"
         if role == "teacher" and charge:
-            raise StudyError(f"{self.file}: {key}.{name}.charge: only variants pay for sources")
+            raise StudyError(f"{place}: only variants pay for sources")
         if not (
             isinstance(charge, list | tuple)
             and all(isinstance(c, str) and c in self.sources for c in charge)
             and len(set(charge)) == len(charge)
         ):
             raise StudyError(
-                f"{self.file}: {key}.{name}.charge: {charge!r}; a list of different "
-                f"sources expected ({nearest('', self.sources)})"
+                f"{place}: {charge!r}; a list of different sources expected "
+                f"({nearest('', self.sources)})"
             )
-        factors = simplest(layered.build())
-        return Recipe(
-            name,
-            role,
-            cell,
-            self._budgeted(factors, layered),
-            tuple(charge),
-            seeds,
-            self._measure(cell, factors),
-        )
+        charged = [table[c, cell].factors.budget.images for c in charge]
+        factors = self._budgeted(simplest(layered.build()), layered, charged, place)
+        asked = self._layered(Measure, "measure", cell)
+        measure = asked.build()
+        check_measure(measure, factors, asked.where)
+        return Recipe(name, role, cell, factors, tuple(charge), seeds, measure)
 
-    def _budgeted(self, factors: Factors, layered: Layered) -> Factors:
-        """budget.share resolved against the base budget."""
+    def _budgeted(
+        self, factors: Factors, layered: Layered, charged: Sequence[int], where: str
+    ) -> Factors:
+        """budget.share resolved against the base budget, less the images of charged sources."""
         budget = factors.budget
         if budget.images is None:
             raise StudyError(f"{layered.where('budget')}: needs 'images', in base or here")
@@ -217,30 +217,13 @@ class Resolver:
             raise StudyError(
                 f"{layered.where('sigma')}: min {sigma.min} is not below max {sigma.max}"
             )
-        return msgspec.structs.replace(factors, budget=Budget(images=round(images)))
-
-    def _charged(self, recipe: Recipe, table: Mapping[tuple[str, str], Recipe]) -> Recipe:
-        """The recipe with the charged sources' images taken from its own budget."""
-        if not recipe.charge:
-            return recipe
-        charged = sum(table[c, recipe.cell].factors.budget.images for c in recipe.charge)
-        images = recipe.factors.budget.images - charged
-        if images <= 0 or images % recipe.factors.batch:
+        left = round(images) - sum(charged)
+        if charged and (left <= 0 or left % factors.batch):
             raise StudyError(
-                f"{self._where(recipe)}.charge: {charged} of "
-                f"{recipe.factors.budget.images} images are charged; what is left must "
-                f"be a positive number of whole batches of {recipe.factors.batch}"
+                f"{where}: {sum(charged)} of {round(images)} images are charged; what is left "
+                f"must be a positive number of whole batches of {factors.batch}"
             )
-        return replace(
-            recipe, factors=msgspec.structs.replace(recipe.factors, budget=Budget(images=images))
-        )
-
-    def _measure(self, cell: str, factors: Factors) -> Measure:
-        """The study's `measure` with the cell's laid over it."""
-        layered = self._layered(Measure, "measure", cell)
-        measure = layered.build()
-        check_measure(measure, factors, layered.where)
-        return measure
+        return msgspec.structs.replace(factors, budget=Budget(images=left))
 
     def _layered(self, kind: type, key: str, cell: str) -> Layered:
         """A section of the file with the cell's own laid over it."""
