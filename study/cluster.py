@@ -75,16 +75,16 @@ def arrays(
 ) -> list[Array]:
     """The arrays that make `runs`, sources that are not trained first; `after` holds earlier ones
     as 'array1', and the ids of arrays that are queued already."""
-    left, where, result = {r.id: r for r in runs}, {}, []
+    left, result = {r.id: r for r in runs}, []
+    where = {i: queue.job[i].partition("_")[0] for i in queue.held}  # the array that makes a run
     needs = {r.id: [i for i in r.reads if i not in trained] for r in runs}
     while left:
         free = [r for r in left.values() if not any(i in left for i in needs[r.id])]
         free = free or list(left.values())  # in a circle: the jobs will say what they lack
         alike: dict[tuple[str, ...], list[Run]] = {}
         for run in free:
-            known = {i: queue.job[i].partition("_")[0] for i in needs[run.id] if i in queue.held}
-            known |= {i: where[i] for i in needs[run.id] if i in where}
-            after = set(known.values())
+            del left[run.id]
+            after = {where[i] for i in needs[run.id] if i in where}
             alike.setdefault(tuple(sorted(after)), []).append(run)
         for after, group in sorted(alike.items(), key=lambda item: item[0]):
             jobs = shared(group, seconds, 60 * minutes)
@@ -92,7 +92,6 @@ def arrays(
                 chunk = tuple(map(tuple, jobs[start : start + most]))
                 result.append(Array(chunk, after))
                 where |= {r.id: f"array{len(result)}" for job in chunk for r in job}
-        left = {i: r for i, r in left.items() if i not in where}
     return result
 
 
@@ -167,13 +166,13 @@ def _times(store: Store, runs: Sequence[Run], trained: Collection[str], speeds: 
     for run in runs:
         due, training, beside = run.measures, speeds.training(run), speeds.beside(run)
         if run.id in trained:
-            due, training = store.folders[run.id].due(run, thorough=True), (0.0, False)
+            due, training = store.folders[run.id].due(run, thorough=True), 0.0
         if training is None:
-            training = run.recipe.factors.budget.images / SLOW, False
+            training = run.recipe.factors.budget.images / SLOW
             assumed.add(f"{SLOW:,.0f} images a second")
         if beside is None and due:
             assumed.add(f"{MEASURE:.0f} s a measurement")
-        times[run.id] = training[0] + (MEASURE * len(due) if beside is None else beside)
+        times[run.id] = training + (MEASURE * len(due) if beside is None else beside)
     if assumed:
         said = " and ".join(sorted(assumed))
         say(console, f"how long runs take is not known: {said} assumed; "

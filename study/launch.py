@@ -39,7 +39,7 @@ def gpus() -> int:
         named = (d.strip() for d in os.environ["CUDA_VISIBLE_DEVICES"].split(","))
         # what is no device hides all that follows, as CUDA reads it
         return len(list(takewhile(lambda d: d and not d.startswith("-"), named)))
-    return len([p for p in Path("/dev").glob("nvidia[0-9]*")])
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def devices(device: str, workers: int | None) -> list[str]:
