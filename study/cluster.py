@@ -121,7 +121,7 @@ def submit(
     """
     queue, speeds = Queue(store.path), Speeds(store, kind_of(options.device, on_cluster=True))
     skip = {"done", "running"} if options.retry else {"done", "running", "failed"}
-    states = {r.id: store.folders[r.id].state(r, thorough=True) for r in wanted}
+    states = store.states(wanted, thorough=True)
     missing = [r for r in wanted if states[r.id] not in skip
                and not store.blocked(r, options.retry)]  # fmt: skip
     new = [r for r in missing if not queue.due(r.id, store.folders[r.id], states[r.id])]
@@ -168,7 +168,7 @@ def _times(store: Store, runs: Sequence[Run], trained: Collection[str], speeds: 
         if run.id in trained:
             due, training = store.folders[run.id].due(run, thorough=True), 0.0
         if training is None:
-            training = run.recipe.factors.budget.images / SLOW
+            training = run.images / SLOW
             assumed.add(f"{SLOW:,.0f} images a second")
         if beside is None and due:
             assumed.add(f"{MEASURE:.0f} s a measurement")

@@ -111,9 +111,9 @@ class Speeds:
         if not is_timed(run):
             return 0.0
         if known := self.known(run):
-            return sum(known) / len(known) * run.recipe.factors.budget.images
+            return sum(known) / len(known) * run.images
         row = self.timed(run)
-        return row and row["seconds_per_image"] * run.recipe.factors.budget.images
+        return row and row["seconds_per_image"] * run.images
 
     def beside(self, run: Run) -> float | None:
         """Seconds of a first update and of measuring; None where they were not timed."""

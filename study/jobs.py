@@ -61,7 +61,7 @@ class Job:
                                         and folders[r.id].state(r) == "failed")]
         launcher = Launcher(store, todo, devices(device, 1)[:1], Console(), retry)
         launcher.run(None, in_process=True)
-        states = {r.id: folders[r.id].state(r) for r in runs}
+        states = store.states(runs)
         left = [r for r in runs if states[r.id] in ("pending", "interrupted")]
         state = _state() if launcher.stopping and left else ""
         if state in ALIVE:

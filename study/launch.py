@@ -67,7 +67,7 @@ class Launcher:
     ) -> None:
         self.store, self.slots, self.say = store, slots, partial(say, console)
         self.all = store.study.unique
-        states = {r.id: store.folders[r.id].state(r, thorough=True) for r in wanted}
+        states = store.states(wanted, thorough=True)
         done = {i for i, state in states.items() if state == "done"}
         self.display = Display(console, wanted, done, store.folders)
         skip = {"done"} if retry else {"done", "failed"}

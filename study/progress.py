@@ -63,14 +63,10 @@ class Display:
             console=console,
             disable=not self.live,
         )
-        total = sum(r.recipe.factors.budget.images for r in runs)
-        self.count, self.runs = sum(r.id in done for r in runs), len(runs)
-        self.study = self.bars.add_task(
-            "study",
-            total=total,
-            note="",
-            completed=sum(r.recipe.factors.budget.images for r in runs if r.id in done),
-        )
+        self.count, self.runs = len(done), len(runs)
+        completed = sum(r.images for r in runs if r.id in done)
+        total = sum(r.images for r in runs)
+        self.study = self.bars.add_task("study", total=total, completed=completed, note="")
         self.tasks: dict[str, TaskID] = {}
         self.start: dict[str, float] = {}
 
@@ -83,9 +79,7 @@ class Display:
     def started(self, run: Run) -> None:
         """A process has taken the run."""
         self.start[run.id] = time.monotonic()
-        self.tasks[run.id] = self.bars.add_task(
-            label(run), total=run.recipe.factors.budget.images, note="starting"
-        )
+        self.tasks[run.id] = self.bars.add_task(label(run), total=run.images, note="starting")
         if not self.live:
             say(self.console, f"start  {label(run)}")
 
@@ -94,12 +88,8 @@ class Display:
         task = self.bars.tasks[self.bars.task_ids.index(self.tasks[run.id])]
         if row and row["images"] > task.completed:
             self.bars.advance(self.study, row["images"] - task.completed)
-            whole = row["images"] >= run.recipe.factors.budget.images
-            self.bars.update(
-                task.id,
-                completed=row["images"],
-                note="measuring" if whole else f"loss {row['loss']:.3g}",
-            )
+            note = "measuring" if row["images"] >= run.images else f"loss {row['loss']:.3g}"
+            self.bars.update(task.id, completed=row["images"], note=note)
 
     def ended(self, run: Run, state: str | None) -> None:
         """The run's process is gone; state None means another launcher has the run."""

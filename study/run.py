@@ -217,7 +217,7 @@ def show_plan(console: Console, store: Store, wanted: list[Run], kind: Kind, ret
     say(
         console,
         f"{several(len(new), 'run')} to train "
-        f"({sum(r.recipe.factors.budget.images for r in new):,} images), {len(kept)} kept, "
+        f"({sum(r.images for r in new):,} images), {len(kept)} kept, "
         f"{several(due, 'measurement')} to make, "
         f"{several(len(store.orphans), 'folder')} that this study does not ask for"
         + f"; left out: {several(len(left), 'run')}" * bool(left),

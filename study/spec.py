@@ -71,6 +71,11 @@ class Run:
     measures: tuple[Settings, ...] = ()
 
     @property
+    def images(self) -> int:
+        """How many it trains on: its own budget."""
+        return self.recipe.factors.budget.images
+
+    @property
     def reads(self) -> tuple[str, ...]:
         """Ids of all runs that it waits for: those it is trained with and those its measurements
         consult."""

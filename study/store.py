@@ -327,9 +327,10 @@ class Store:
         except OSError as error:
             raise StudyError(f"{self.path}: cannot be written: {error.strerror}") from None
 
-    def states(self, thorough: bool = False) -> dict[str, str]:
-        """State by run id."""
-        return {r.id: self.folders[r.id].state(r, thorough) for r in self.study.unique.values()}
+    def states(self, runs: Iterable[Run] | None = None, thorough: bool = False) -> dict[str, str]:
+        """State by run id, of all runs unless some are given."""
+        asked = self.study.unique.values() if runs is None else runs
+        return {r.id: self.folders[r.id].state(r, thorough) for r in asked}
 
     def blocked(self, run: Run, retry: bool = False) -> str | None:
         """Why this run can't be made: a source that failed (unless it is tried again) or diverged;
