@@ -1,10 +1,10 @@
 """How fast a study trains and is measured on this machine, and what that makes of its length.
 
 Every step that the study's recipes take is timed as training takes it, data on the device,
-optimiser and averages included: medians over steps after a warm-up. TFLOP/s are the forward
-pass's multiply-adds, counted twice by torch's own counter, times the passes of one image (a
-backward pass is two forwards); the ceiling is this device's best square matrix product in the same
-precision.
+optimiser and averages included: medians over steps after a warm-up. TFLOP/s are the student's
+forward pass's multiply-adds, counted twice by torch's own counter, times the passes of one image
+(a backward pass is two forwards; a teacher is taken to be of the student's size); the ceiling is
+this device's best square matrix product in the same precision.
 """
 
 from __future__ import annotations
@@ -147,7 +147,12 @@ def bench(
         if not runs:
             raise StudyError(f"{options.study}: no step fits into this GPU's memory")
         first = next(iter(runs.values()))
-        strict = None if options.steps_only else determinism(here, first, options.steps)
+        strict = None
+        if not options.steps_only:
+            try:
+                strict = determinism(here, first, options.steps)
+            except torch.OutOfMemoryError:
+                console.print("determinism: kernels chosen by speed alone do not fit into memory")
     names = {f"{r.recipe.name}-{r.recipe.cell}": rows[k] for k, r in runs.items()}
     console.print(table(names, ceilings))
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "one CPU thread"
@@ -195,10 +200,9 @@ def bench(
 
 
 def kept(store: Store, device: str) -> dict[str, dict[str, Any]]:
-    """What an earlier bench on this device and of this code found of other recipes."""
-    old = bench_of(store)
-    same = (old["device"], old["code"]) == (device, worker.CODE["code"])
-    return old["recipes"] if same else {}
+    """What an earlier bench on this device, by this torch and code, found of other recipes."""
+    old, here = bench_of(store), (device, torch.__version__, worker.CODE["code"])
+    return old["recipes"] if (old["device"], old["torch"], old["code"]) == here else {}
 
 
 def recipes(study: Study, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

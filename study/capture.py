@@ -98,6 +98,7 @@ class Captured:
         self.N, self.progress = (
             torch.tensor(value, dtype=torch.float64, device=example.x.device) for value in (2, 1)
         )
+        self.held = problem, optimizer  # what the graph reads and moves has to stay
         begun(optimizer)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from study import seeds, subjects
+from study import folder, seeds, subjects
+from study.extractors import splits
 from study.lowrank import LowRankMixture
 from study.mixtures import Density, GaussianMixture
 from study.standing import digest
@@ -97,29 +98,23 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def planes(images: np.ndarray) -> Tensor:
+    """uint8 images (n, S, S) or (n, S, S, C) as (n, C, S, S)."""
+    images = images[..., None] if images.ndim == 3 else images
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+
 def load(data: subjects.Data) -> Dataset:
     """The data set on the CPU. Raises StudyError for a missing or broken file."""
     match data:
         case subjects.Digits():
-            from study.extractors.digits import split
-
-            parts = split()
-            return _images(parts["train"][0], parts["held_out"][0])
+            parts = splits.of_digits()
         case subjects.FashionMnist(root=root):
-            from study.extractors import fashion_mnist
-
-            parts = fashion_mnist.split(None if root is None else Path(root))
-            return _images(parts["train"][0], parts["held_out"][0])
+            parts = splits.of_fashion_mnist(root and Path(root))
         case subjects.Cifar10(root=root):
-            from study.extractors import cifar10
-
-            parts = cifar10.split(None if root is None else Path(root))
-            return _images(parts["train"][0], parts["held_out"][0])
+            parts = splits.of_cifar10(root and Path(root))
         case subjects.Images(root=root, held_out=held_out):
-            from study import folder
-
             parts = folder.load(Path(root), held_out)
-            return _images(parts["train"][0], parts["held_out"][0])
         case subjects.Mixture():
             return _mixture(data)
         case subjects.FittedMixture():
@@ -129,16 +124,7 @@ def load(data: subjects.Data) -> Dataset:
             return _population(data, density, density.shape)
         case _:
             assert_never(data)
-
-
-def _images(train: np.ndarray, held_out: np.ndarray) -> Dataset:
-    """(n, S, S) or (n, S, S, C) uint8 arrays as a data set."""
-
-    def tensor(images: np.ndarray) -> Tensor:
-        images = images[..., None] if images.ndim == 3 else images
-        return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-
-    x, y = tensor(train), tensor(held_out)
+    x, y = (planes(parts[name][0]) for name in ("train", "held_out"))
     return Dataset(x, y, tuple(x.shape[1:]), float(to_float(x).double().std()), _digest(x, y))
 
 
@@ -181,21 +167,22 @@ def _digest(*parts: Tensor) -> str:
 
 
 class Blocks:
-    """A stream of rows addressed by image index, made in blocks of SIZE and cut to any batch size.
+    """A stream of rows addressed by image index, made in blocks of `size` and cut to any batch
+    size.
 
-    make(block) -> (SIZE, ...) must depend on the block's number alone.
+    make(block) -> (size, ...) must depend on the block's number alone.
     """
 
-    SIZE = 512
+    SIZE = 512  # of a block of random numbers
 
-    def __init__(self, make: Callable[[int], Tensor]) -> None:
-        self.make, self.number, self.block = make, -1, torch.empty(0)
+    def __init__(self, make: Callable[[int], Tensor], size: int = SIZE) -> None:
+        self.make, self.size, self.number, self.block = make, size, -1, torch.empty(0)
 
     def take(self, start: int, count: int) -> Tensor:
         """Rows start .. start + count of the stream."""
         parts = []
         while count:
-            number, offset = divmod(start, self.SIZE)
+            number, offset = divmod(start, self.size)
             if number != self.number:
                 self.number, self.block = number, self.make(number)
             part = self.block[offset : offset + count]
@@ -223,56 +210,47 @@ class Draws:
     def __init__(self, dataset: Dataset, seed: int, role: str, data_stream: int) -> None:
         self.dataset, self.address = dataset, (seed, role, data_stream)
         self.device, shape = dataset.held_out.device, dataset.shape
-        self.epoch, self.order = -1, torch.empty(0)
-        size = Blocks.SIZE
+        size, n = Blocks.SIZE, 0 if dataset.train is None else len(dataset.train)
+        here = {"device": self.device}
 
-        def made(stream: str, draw: Callable[[torch.Generator], Tensor]) -> Blocks:
-            return Blocks(lambda block: draw(self._generator(stream, block)))
+        def made(
+            stream: str,
+            draw: Callable[[torch.Generator], Tensor],
+            size: int = size,
+            device: torch.device = self.device,
+        ) -> Blocks:
+            def block(index: int) -> Tensor:
+                number = seeds.number(*self.address, stream, index)
+                return draw(torch.Generator(device).manual_seed(number))
 
-        kwargs = {"device": self.device}
+            return Blocks(block, size)
+
         self.x = made("x", lambda g: dataset.fresh(size, g))
-        self.z = made("noise", lambda g: torch.randn(size, *shape, generator=g, **kwargs))
-        self.u = made(
-            "time", lambda g: torch.rand(size, generator=g, dtype=torch.float64, **kwargs)
-        )
-        self.flip = made("flip", lambda g: torch.randint(2, (size,), generator=g, **kwargs))
+        self.z = made("noise", lambda g: torch.randn(size, *shape, generator=g, **here))
+        self.u = made("time", lambda g: torch.rand(size, generator=g, dtype=torch.float64, **here))
+        self.flip = made("flip", lambda g: torch.randint(2, (size,), generator=g, **here))
+        # a fresh permutation of the training set every epoch
+        cpu = torch.device("cpu")
+        self.order = made("order", lambda g: torch.randperm(n, generator=g).to(**here), n, cpu)
 
-    def _generator(
-        self, stream: str, index: int, device: torch.device | None = None
-    ) -> torch.Generator:
-        number = seeds.number(*self.address, stream, index)
-        return torch.Generator(device or self.device).manual_seed(number)
-
-    def _indices(self, start: int, count: int) -> Tensor:
-        """Which points of the data: a fresh addressed permutation of the training set every
-        epoch, and with flip a bit for each image of the stream, mirrored or not."""
-        first = start, count
-        parts, n = [], len(self.dataset.train)
-        while count:
-            epoch, offset = divmod(start, n)
-            if epoch != self.epoch:
-                self.epoch = epoch
-                generator = self._generator("order", epoch, torch.device("cpu"))
-                self.order = torch.randperm(n, generator=generator).to(self.device)
-            part = self.order[offset : offset + count]
-            parts.append(part)
-            start, count = start + len(part), count - len(part)
-        rows = torch.cat(parts)
-        return rows + n * self.flip.take(*first) if self.dataset.flip else rows
+    def _x(self, start: int, count: int) -> Tensor:
+        """Clean x (count, ...), with flip a bit for each image of the stream, mirrored or not."""
+        if self.dataset.train is None:
+            return self.x.take(start, count)
+        rows = self.order.take(start, count)
+        if self.dataset.flip:
+            rows = rows + len(self.dataset.train) * self.flip.take(start, count)
+        return self.dataset.at(rows)
 
     def __call__(self, start: int, count: int) -> Batch:
         """The batch of training images start .. start + count."""
-        endless = self.dataset.train is None
-        x = (
-            self.x.take(start, count) if endless else self.dataset.at(self._indices(start, count))
-        )
 
         def key(stream: str) -> Tensor:
             number = seeds.number(*self.address, stream, start) % 2**31
             return torch.full((), number, device=self.device)  # filled in: no wait for a copy
 
         return Batch(
-            x,
+            self._x(start, count),
             self.z.take(start, count),
             self.u.take(start, count),
             key("mask"),

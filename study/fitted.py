@@ -14,13 +14,12 @@ times. Only training images are read. `python -m study.fitted digits` shows how 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import io
 import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +27,9 @@ import torch
 from torch import Tensor
 
 from study import subjects
-from study.data import Dataset, load, to_float, to_uint8
+from study.data import Dataset, load, to_float
 from study.errors import StudyError
-from study.folder import kept
+from study.folder import arrays, kept, npz
 from study.identity import digest
 from study.lowrank import LowRankMixture
 from study.store import write_bytes
@@ -39,7 +38,7 @@ FIT = 1  # raise it when the same images and settings come to another fit
 NU = 20.0  # weight of W in images: of 2 .. 50 best in cross-validation on the training digits
 FLOOR = 0.01  # smallest s_k, about one grey level: the density is never degenerate
 ROUNDS = 4  # of moving images to their likeliest component
-SIDE, FRAME = 10, -0.25  # of the picture: images a side, grey of the frame
+SIDE = 5  # of the picture: images of either kind in a row
 
 
 @contextmanager
@@ -107,37 +106,30 @@ def _components(
 
 
 def density(real: Dataset, components: int, rank: int) -> LowRankMixture:
-    """The mixture fitted to a data set's training images, fitted once and then read.
-
-    A file that is torn, or is not what was written, is made again.
-    """
+    """The mixture fitted to a data set's training images, fitted once and then read; a file that
+    is torn is made again."""
     settings = {"fit": FIT, "data": real.digest, "components": components, "rank": rank}
     return kept(
-        f"fitted-{digest(settings, 16)}.bin",
+        f"fitted-{digest(settings, 16)}.npz",
         "the fit",
-        lambda path: unpacked(path.read_bytes()) if path.exists() else None,
+        read,
         lambda: fit(to_float(real.train), components, rank),
-        packed,
+        _stored,
     )
 
 
-def packed(mixture: LowRankMixture) -> bytes:
-    """SHA-256 of what follows (32 bytes), then the parameters as an npz file."""
-    file = io.BytesIO()
-    arrays = {name: part.numpy() for name, part in mixture.tensors.items()}
-    np.savez(file, shape=np.array(mixture.shape), **arrays)
-    content = file.getvalue()
-    return hashlib.sha256(content).digest() + content
+def _stored(mixture: LowRankMixture) -> bytes:
+    parts = {name: part.numpy() for name, part in mixture.tensors.items()}
+    return npz(shape=np.array(mixture.shape), **parts)
 
 
-def unpacked(data: bytes) -> LowRankMixture | None:
-    """The mixture, or None where the bytes are not those that were written."""
-    if hashlib.sha256(data[32:]).digest() != data[:32]:
+def read(path: Path) -> LowRankMixture | None:
+    """The mixture that a file holds, or None where it holds none."""
+    parts = arrays(path)
+    if parts.keys() != {field.name for field in fields(LowRankMixture)}:
         return None
-    with np.load(io.BytesIO(data[32:]), allow_pickle=False) as arrays:
-        shape = tuple(int(size) for size in arrays["shape"])
-        parts = {name: torch.from_numpy(arrays[name]) for name in arrays.files if name != "shape"}
-    return LowRankMixture(shape, **parts)
+    shape = tuple(parts.pop("shape").tolist())
+    return LowRankMixture(shape, **{k: torch.from_numpy(v) for k, v in parts.items()})
 
 
 # --- how good it is ---
@@ -151,23 +143,12 @@ def likelihoods(real: Dataset, mixture: LowRankMixture) -> tuple[float, float]:
 
 def picture(real: Dataset, mixture: LowRankMixture) -> bytes:
     """PNG: real held-out images on the left, as many draws of the mixture on the right."""
-    from PIL import Image
-    from torchvision.utils import make_grid
+    from study.measure import grid
 
-    drawn = mixture.sample(SIDE**2, torch.Generator().manual_seed(0))
-    halves = [
-        make_grid(x[: SIDE**2].clamp(-1, 1), nrow=SIDE, padding=1, pad_value=FRAME)
-        for x in (to_float(real.held_out), drawn)
-    ]
-    gap = torch.ones(3, halves[0].shape[1], 4)
-    pixels = to_uint8(torch.cat([halves[0], gap, halves[1]], 2)).permute(1, 2, 0).numpy()
-    image = Image.fromarray(pixels)
-    scale = max(1, 800 // image.width)
-    file = io.BytesIO()
-    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(
-        file, "png"
-    )
-    return file.getvalue()
+    n = 2 * SIDE * SIDE
+    drawn = mixture.sample(n, torch.Generator().manual_seed(0))
+    halves = [x.unflatten(0, (-1, SIDE)) for x in (to_float(real.held_out[:n]), drawn)]
+    return grid(torch.cat(halves, 1).flatten(0, 1))
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -1,9 +1,9 @@
 """Images of a user's own, a folder or a zip archive of them: decoded once, kept in a cache folder.
 
 PNG, JPEG, BMP and WebP, all of one square size and all grey or all RGB. Folders train/ and test/
-(or held_out/, or val/) are the parts, else some images are set aside; the folder an image stands
-in is its class, unless a dataset.json, as EDM's archives have, gives labels. Names are sorted, so
-the order is the same on every machine. An archive is read in memory and never unpacked to disk.
+(or held_out/, or val/) are the parts, else some images are set aside. Names are sorted, so the
+order is the same on every machine. An archive, EDM's among them, is read in memory and never
+unpacked to disk; no study reads labels, so its dataset.json is left alone.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
-import msgspec
 import numpy as np
 from filelock import FileLock
 from PIL import Image, UnidentifiedImageError
@@ -37,10 +36,9 @@ READ = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 REFUSED = (".avif", ".gif", ".pgm", ".ppm", ".tif", ".tiff")  # never left out in silence
 MODES = {"1": "L", "L": "L", "LA": "L", "P": "RGB", "RGB": "RGB", "RGBA": "RGB"}
 HELD_OUT = ("held_out", "test", "val")  # the first that is there; the others are not read
-TABLE = "dataset.json"
+ALLOWED = "allowed: a folder or a zip archive of images"
 SIDE = 1024  # pixels; an image that says it has more is not decoded
 LARGEST = 1 << 27  # bytes of one file or archive member
-LABEL = 1 << 10  # bytes of the table of labels for each file
 FREE, RATIO = 1 << 30, 100  # bytes that images may come to whatever they have, and for each byte
 
 T = TypeVar("T")
@@ -62,41 +60,26 @@ class Source(NamedTuple):
         return self.content(name)
 
 
-class Table(msgspec.Struct):
-    """dataset.json of an EDM archive; its labels may be null."""
+def load(root: Path, held_out: int | None) -> dict[str, tuple[np.ndarray, list[str]]]:
+    """Return (images, paths below root) of train and held_out from a folder or a zip archive.
 
-    labels: list[tuple[str, Annotated[int, msgspec.Meta(ge=0, lt=2**31)]]] | None
-
-
-def load(root: Path, held_out: int | None) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return (images, labels) of train and held_out from a folder or a zip archive of images.
-
-    Images are (n, S, S, C) uint8 in 0..255 with C 1 or 3, labels (n,) int64, each part in the
-    order of its sorted paths. held_out: how many images to set aside where root has no parts of
-    its own, by a permutation that depends on nothing but how many images there are; else None.
-    Alpha is dropped, palettes are looked up. Raises StudyError, naming the file or folder: for
-    what is missing, empty, torn, no image, of more than 8 bits, of another size or mode than the
-    others; for held_out where it is needed, too large or not used; for a class that train lacks.
+    Images are (n, S, S, C) uint8 in 0..255 with C 1 or 3, each part in the order of its sorted
+    paths. held_out: how many images to set aside where root has no parts of its own, by a
+    permutation that depends on nothing but how many images there are; else None. Alpha is dropped,
+    palettes are looked up. Raises StudyError, naming the file or folder: for what is missing,
+    empty, torn, no image, of more than 8 bits, of another size or mode than the others; for
+    held_out where it is needed, too large or not used.
     """
     root = Path(root)
     try:
         with _opened(root) as source:
-            parts, depth = _split(source, held_out)
+            parts = _split(source, held_out)
             names = sorted(parts["train"] + parts["held_out"])
-            classes = _classes(source, names, depth)
             images = _kept(source, names)
     except (OSError, zipfile.BadZipFile, MemoryError) as error:
         raise StudyError(f"{root}: cannot be read: {error}") from error
-    known = sorted({classes[name] for name in parts["train"]})
-    for name in parts["held_out"]:
-        if classes[name] not in known:
-            found = f"no training image is of its class {classes[name]!r}"
-            raise StudyError(f"{root / name}: held out, but {found}")
-    numbers = {c: c if isinstance(c, int) else i for i, c in enumerate(known)}
-    labels = np.array([numbers[classes[name]] for name in names], np.int64)
     place = {name: i for i, name in enumerate(names)}
-    rows = {part: [place[name] for name in chosen] for part, chosen in parts.items()}
-    return {part: (images[chosen], labels[chosen]) for part, chosen in rows.items()}
+    return {p: (images[[place[name] for name in chosen]], chosen) for p, chosen in parts.items()}
 
 
 @contextmanager
@@ -105,29 +88,20 @@ def _opened(root: Path) -> Iterator[Source]:
     if root.is_dir():
         folders = {path.name for path in root.iterdir() if path.is_dir()}
         yield Source(root, dict(_walk(root)), folders, lambda name: (root / name).read_bytes())
-    elif root.is_file() and _zipped(root):
+    elif root.is_file():
         try:
             archive = zipfile.ZipFile(root)  # gives no more bytes than file_size says
         except Exception as error:  # a torn one leads its reader to raise anything
-            raise StudyError(f"{root}: cannot be read: {error!r}") from error
+            told = f"cannot be read as a zip archive: {error!r}"
+            raise StudyError(f"{root}: {told}; {ALLOWED}") from error
         with archive:
             members = {i.filename: i for i in archive.infolist() if "/." not in f"/{i.filename}"}
             files = {name: (i.file_size, i.CRC) for name, i in members.items() if not i.is_dir()}
             folders = {name.split("/")[0] for name in members if "/" in name}
             yield Source(root, files, folders, archive.read)
     else:
-        found = (
-            "neither a folder nor a zip archive" if root.exists() else "there is no such folder"
-        )
-        raise StudyError(f"{root}: {found}; allowed: a folder or a zip archive of images")
-
-
-def _zipped(root: Path) -> bool:
-    """Whether it may be a zip archive: one that is torn may raise when it is asked."""
-    try:
-        return zipfile.is_zipfile(root)
-    except Exception:  # it is opened, and says why it can't be
-        return True
+        found = "neither a folder nor a file" if root.exists() else "there is no such folder"
+        raise StudyError(f"{root}: {found}; {ALLOWED}")
 
 
 def _walk(root: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -145,9 +119,7 @@ def _walk(root: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         below = os.path.relpath(folder, root)
         for name in names:
-            if not name.startswith(".") and (
-                name.lower().endswith(READ + REFUSED) or name == TABLE
-            ):
+            if not name.startswith(".") and name.lower().endswith(READ + REFUSED):
                 status = os.stat(os.path.join(folder, name))
                 if not stat.S_ISREG(status.st_mode):  # a pipe or device may never end
                     raise StudyError(f"{os.path.join(folder, name)}: no plain file")
@@ -155,8 +127,8 @@ def _walk(root: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
                 yield name if below == "." else f"{below}/{name}", stamps
 
 
-def _split(source: Source, held_out: int | None) -> tuple[dict[str, list[str]], int]:
-    """Sorted paths of train and held_out, and how many folders above each say which part."""
+def _split(source: Source, held_out: int | None) -> dict[str, list[str]]:
+    """Sorted paths of train and held_out."""
     root, given = source.root, f"data.held_out: {held_out} given"
     names = sorted(name for name in source.files if name.lower().endswith(READ + REFUSED))
     other = next((part for part in HELD_OUT if part in source.folders), None)
@@ -168,7 +140,7 @@ def _split(source: Source, held_out: int | None) -> tuple[dict[str, list[str]], 
         if not all(parts.values()):
             empty = other if parts["train"] else "train"
             raise StudyError(f"{root / empty}: no image in it; allowed: {', '.join(READ)}")
-        return parts, 1
+        return parts
     if not names:
         raise StudyError(f"{root}: no image in it; allowed: {', '.join(READ)}")
     if held_out is None:
@@ -183,29 +155,7 @@ def _split(source: Source, held_out: int | None) -> tuple[dict[str, list[str]], 
     chosen = np.zeros(len(names), dtype=bool)
     chosen[order.permutation(len(names))[:held_out]] = True
     parts = {"train": ~chosen, "held_out": chosen}
-    return {key: [names[i] for i in np.flatnonzero(rows)] for key, rows in parts.items()}, 0
-
-
-def _classes(source: Source, names: list[str], depth: int) -> dict[str, str | int]:
-    """Each image's class: its label in dataset.json, else the name of its folder, else ''."""
-    table = source.root / TABLE
-    if TABLE in source.files:
-        try:
-            if (size := source.files[TABLE][0]) > LABEL * (len(names) + LABEL):
-                raise ValueError(f"found {size} bytes for {len(names)} images")
-            labels = msgspec.json.decode(source.read(TABLE), type=Table).labels
-        except Exception as error:  # an archive's decoder raises whatever a torn one leads to
-            raise StudyError(f"{table}: cannot be read as labels of images: {error}") from error
-        given = dict.fromkeys(names, 0) if labels is None else dict(labels)
-        for name in names:
-            if name not in given:
-                raise StudyError(f"{table}: no label for {name}")
-        return given
-    classes = {name: ["", *name.split("/")[depth:-1]][-1] for name in names}
-    for name in names:
-        if not classes[name] and any(classes.values()):
-            raise StudyError(f"{source.root / name}: in no class's folder, unlike others")
-    return classes
+    return {key: [names[i] for i in np.flatnonzero(rows)] for key, rows in parts.items()}
 
 
 def _pixels(source: Source, name: str) -> np.ndarray:
@@ -267,7 +217,7 @@ def kept(
     what: str,
     read: Callable[[Path], T | None],
     make: Callable[[], T],
-    packed: Callable[[T], bytes],
+    stored: Callable[[T], bytes],
 ) -> T:
     """What a file of the cache folder holds, made where `read` finds none in it.
 
@@ -284,39 +234,44 @@ def kept(
             found = read(path)
             if found is None:
                 found = make()
-                write_bytes(path, packed(found))
+                write_bytes(path, stored(found))
     except (OSError, MemoryError) as error:
         warnings.warn(f"{path}: {what} can't be kept ({error})", stacklevel=3)
     return make() if found is None else found
+
+
+def npz(**arrays: np.ndarray) -> bytes:
+    """An .npz file of the arrays."""
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file; none where it is missing, torn (it has a checksum) or packed."""
+    try:
+        if packed(path):
+            return {}
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
+            return {name: x for name, x in found.items() if isinstance(x, np.ndarray)}
+    except Exception:  # whatever a torn file leads the reader to
+        return {}
 
 
 def _kept(source: Source, names: list[str]) -> np.ndarray:
     """The decoded images, from the cache unless the path, size or times of a file are others."""
     stamps = [(name, *source.files[name]) for name in names]
     listing = repr((DECODER, str(source.root.resolve()), stamps)).encode()
-
-    def packed(images: np.ndarray) -> bytes:
-        file = io.BytesIO()
-        np.savez(file, images=images)
-        return file.getvalue()
-
     return kept(
         f"images-{hashlib.sha256(listing).hexdigest()[:16]}.npz",
         "the decoded images",
         lambda path: _cached(path, len(names)),
         lambda: _decode(source, names),
-        packed,
+        lambda images: npz(images=images),
     )
 
 
 def _cached(path: Path, count: int) -> np.ndarray | None:
-    """The images, or None where the file is missing, torn (it has a checksum) or not ours."""
-    try:
-        if packed(path):
-            return None
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            images = arrays["images"]
-            ours = images.dtype == np.uint8 and images.shape[:1] == (count,)
-    except Exception:  # whatever a torn file leads the reader to
-        return None
-    return images if ours else None
+    """The images, or None where the file has none, or not so many."""
+    images = arrays(path).get("images", np.empty(0))
+    return images if images.dtype == np.uint8 and images.shape[:1] == (count,) else None

@@ -37,11 +37,12 @@ class Bench(TypedDict):
     """What is read of the whole."""
 
     device: str
+    torch: str
     code: str
     recipes: dict[str, Timed]
 
 
-NOTHING: Bench = {"device": "", "code": "", "recipes": {}}
+NOTHING: Bench = {"device": "", "torch": "", "code": "", "recipes": {}}
 
 
 def bench_of(store: Store) -> Bench:

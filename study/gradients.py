@@ -37,7 +37,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -49,62 +49,164 @@ from study.consistency import along, consistency
 from study.data import Batch, Dataset
 from study.factors import Score
 from study.losses import Problem
+from study.replicates import Values
 from study.scores import Point, estimate
 
 DRAWS = 8  # of x given x_t, in the slopes' losses
 
 Pair = tuple[float, float] | None  # levels (r, t); None: each row's own, from the law
 Levels = tuple[Tensor, Tensor]  # r and t of a batch's rows, (B,) each
+Statistic = Callable[[Tensor], Values]  # of the replicates kept, given by their indices
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What is probed: the loss at fixed weights, at N grid points and at `progress` of training,
+    on `batches` independent batches of `rows` rows."""
+
+    problem: Problem
+    dataset: Dataset
+    N: float
+    progress: float
+    batches: int
+    rows: int
+    generator: torch.Generator
+
+    @property
+    def stepped(self) -> bool:
+        """Whether the loss is of a step from t to r."""
+        return not isinstance(self.problem.factors.objective, factors.Continuous)
+
+    def under(self, **changes: object) -> Probe:
+        """The same under other factors, at the same weights."""
+        f = msgspec.structs.replace(self.problem.factors, **changes)
+        return replace(self, problem=replace(self.problem, factors=f))
+
+    def key(self) -> Tensor:
+        """A key of a mask or of a score's randomness."""
+        return torch.randint(2**31, (), generator=self.generator, device=self.generator.device)
+
+    def drawn(self) -> Iterator[Batch]:
+        """The batches: training images drawn with replacement, or endless data."""
+        kwargs = {"generator": self.generator, "device": self.generator.device}
+        for _ in range(self.batches):
+            x = self.dataset.draw(self.rows, self.generator)
+            z = torch.randn(x.shape, **kwargs)
+            u = torch.rand(self.rows, dtype=torch.float64, **kwargs)
+            yield Batch(x, z, u, self.key(), self.key())
+
+    @torch.no_grad()
+    def redrawn(self, batch: Batch, t: Tensor) -> Batch:
+        """The batch with x and the score's randomness drawn again given exactly (t, x_t) and the
+        mask.
+
+        A row whose x'' is the same image, or whose D^ is the same to the last bit, keeps x and z:
+        x'' + t z'' is x_t up to rounding only, which would pass for noise.
+        """
+        f, known, x = self.problem.factors, self.problem.known, batch.x
+        x_t, draw = x + along(t, x) * batch.z, self.key()
+        new = known.law.posterior_draws(x_t, t, self.key(), 1)[0]
+        same = (new == x).flatten(1).all(1)
+        if not isinstance(getattr(f.auxiliary, "labels", None), factors.FromData):
+            D = estimate(f.score, known, Point(x, x_t, t, batch.draw, self.progress))
+            D_new = estimate(f.score, known, Point(new, x_t, t, draw, self.progress))
+            same |= (D == D_new).flatten(1).all(1)
+        same = along(same, x)
+        z = torch.where(same, batch.z, (x_t - new) / along(t, x))
+        return replace(batch, x=torch.where(same, x, new), z=z, draw=draw)
+
+    def levels(self, batch: Batch, pair: Pair) -> Levels:
+        """(r, t) of the batch."""
+        if pair is None:
+            return self.problem.levels(batch, self.N)
+        return tuple(torch.full_like(batch.u, level, dtype=torch.float32) for level in pair)
+
+    def pairs(self, levels: Sequence[float]) -> list[tuple[float, float]]:
+        """The pairs (r, t) of training whose ln t is nearest to that of each level, each once."""
+        f, sigma, N = self.problem.factors, self.problem.sigma, self.N
+        asked = torch.tensor(levels, dtype=torch.float64)
+        if not self.stepped:
+            r = t = asked.float()
+        elif isinstance(f.discretization, factors.EctMapping):  # any t is one of training
+            u = (asked / sigma.min).log() / math.log(sigma.max / sigma.min)
+            r, t = schedules.pair(f.discretization, factors.LogUniform(), u, N, sigma)
+        else:
+            grid = schedules.karras(torch.arange(N), N, sigma).float()
+            i = (asked[:, None].log() - grid[1:].double().log()).abs().argmin(1)
+            r, t = grid[i], grid[i + 1]
+        return list(dict.fromkeys(zip(r.tolist(), t.tolist(), strict=True)))
+
+    def gradient(self, batch: Batch, at: Levels) -> tuple[Tensor, float]:
+        """The gradient (P,) of a batch's mean loss in all parameters, and that loss."""
+        loss = self.problem.at_levels(batch, *at, self.progress).mean()
+        weights = list(self.problem.net.parameters())
+        parts = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+        return torch.cat([g.flatten() for g in parts]), float(loss.detach())
+
+    @torch.no_grad()
+    def steps(self, batch: Batch, at: Levels) -> Tensor:
+        """f(x_t, t) - f^-(x_r, r) of each repeat and row, (repeats, B, ...)."""
+        (r, t), p = at, self.problem
+        x_t = batch.x + along(t, batch.x) * batch.z
+        student = consistency(p.net, x_t, t, p.sigma, batch.mask)
+        return student - torch.stack(p.targets(batch, x_t, r, t, self.progress))
+
+    def over_c(self, step: float | None) -> float | None:
+        """A step over pseudo-Huber's c; None where there is no step, or no c."""
+        c0 = getattr(self.problem.factors.distance, "c0", None)
+        if step is None or c0 is None:
+            return None
+        return step / (c0 * math.prod(self.dataset.shape) ** 0.5)
+
+    def by_level(
+        self, levels: Sequence[float], measured: Callable[[Pair], Statistic], name: str
+    ) -> dict[str, Any]:
+        """What is measured at every pair of levels, as lists, and under the law, with standard
+        errors; value: the law's NAME."""
+        pairs = self.pairs(levels)
+        *found, law = (
+            replicates.jackknife(measured(pair), self.batches) for pair in (*pairs, None)
+        )
+        where = {"sigma": [t for _, t in pairs], "r": [r for r, _ in pairs], "N": self.N}
+        lists = {key: [values[key] for values in found] for key in law}
+        return {**where, **lists, "law": law, "value": law[name]}
 
 
 def gradient_noise(
-    problem: Problem,
-    dataset: Dataset,
-    N: float,
-    progress: float,
-    levels: Sequence[float],
-    batches: int,
-    rows: int,
-    second_moment: Mapping[str, Tensor] | None,
-    generator: torch.Generator,
+    probe: Probe, levels: Sequence[float], second_moment: Mapping[str, Tensor] | None
 ) -> dict[str, Any]:
     """The parts of the gradient's variance: lists over the pairs (r, t) nearest to `levels`, and
     under the law; value: the law's rho. second_moment: Adam's v by parameter name. What the run
     does not define, and a ratio to nothing, is None."""
-    f, scale = problem.factors, None
+    f, rows, scale = probe.problem.factors, probe.rows, None
     if second_moment is not None:
-        v = [second_moment[name].flatten() for name, _ in problem.net.named_parameters()]
-        scale = 1 / (torch.cat(v).double().sqrt() + f.optimizer.eps).to(generator.device)
-    stepped = not isinstance(f.objective, factors.Continuous)
-    c = c_of(problem, dataset)
+        v = [second_moment[name].flatten() for name, _ in probe.problem.net.named_parameters()]
+        scale = 1 / (torch.cat(v).double().sqrt() + f.optimizer.eps).to(probe.generator.device)
 
-    def probe(pair: Pair) -> replicates.Values:
+    def measured(pair: Pair) -> Statistic:
         made, squares = [], defaultdict(list)
-        for batch in drawn_batches(dataset, batches, rows, generator):
-            at = levels_of(problem, batch, pair, N)
-            again = _redrawn(problem, batch, at[1], progress, generator)
-            g, _ = gradient_of(problem, batch, at, progress)
-            apart = g - gradient_of(problem, again, at, progress)[0]
+        for batch in probe.drawn():
+            at = probe.levels(batch, pair)
+            again = probe.redrawn(batch, at[1])
+            g, _ = probe.gradient(batch, at)
+            apart = g - probe.gradient(again, at)[0]
             made.append(g)
             squares["estimator"].append(replicates.square(apart) / 2)
             if scale is not None:
                 squares["scaled"].append(replicates.square(apart * scale) / 2)
-            mask = _key(generator)  # drawn in any case: the batches after it are the same for all
+            mask = probe.key()  # drawn in any case: the batches after it are the same for all
             if f.dropout:
-                again = replace(again, mask=mask)
-                apart = g - gradient_of(problem, again, at, progress)[0]
+                apart = g - probe.gradient(replace(again, mask=mask), at)[0]
             squares["within"].append(replicates.square(apart) / 2)
-            if stepped:
-                far = steps(problem, batch, at, progress)
+            if probe.stepped:
+                far = probe.steps(batch, at)
                 squares["step"].append(replicates.square(far) / math.prod(far.shape[:2]))
         gradients = torch.stack(made)
-        gram, scaled = (
-            replicates.gram(gradients),
-            None if scale is None else replicates.gram(gradients, scale),
-        )
+        gram = replicates.gram(gradients)
+        scaled = None if scale is None else replicates.gram(gradients, scale)
         columns = {name: torch.tensor(s, dtype=torch.float64) for name, s in squares.items()}
 
-        def parts(kept: Tensor) -> replicates.Values:
+        def parts(kept: Tensor) -> Values:
             mean = {name: float(column[kept].mean()) for name, column in columns.items()}
             total, signal = rows * replicates.variance(gram, kept), replicates.across(gram, kept)
             estimator, within = rows * mean["estimator"], rows * mean["within"]
@@ -113,7 +215,7 @@ def gradient_noise(
                 if scaled is None
                 else replicates.ratio(mean["scaled"], replicates.variance(scaled, kept))
             )
-            step = math.sqrt(mean["step"]) if stepped else None
+            step = math.sqrt(mean["step"]) if probe.stepped else None
             return {
                 "estimator": estimator,
                 "dropout": within - estimator,
@@ -124,35 +226,25 @@ def gradient_noise(
                 "signal": signal,
                 "snr": replicates.ratio(signal, total),
                 "step": step,
-                "step_over_c": step / c if stepped and c else None,
+                "step_over_c": probe.over_c(step),
             }
 
-        return replicates.jackknife(parts, batches)
+        return parts
 
-    return by_level(problem, N, levels, probe, "rho")
+    return probe.by_level(levels, measured, "rho")
 
 
 def gradient_cosine(
-    problem: Problem,
-    score: Score,
-    against: Score,
-    dataset: Dataset,
-    N: float,
-    progress: float,
-    levels: Sequence[float],
-    batches: int,
-    rows: int,
-    generator: torch.Generator,
+    probe: Probe, score: Score, against: Score, levels: Sequence[float]
 ) -> dict[str, Any]:
     """The cosine of two scores' mean gradients, per level as above and under the law (value), with
     the snr of each. None where noise leaves a squared length that is not positive."""
-    sides = [_with(problem, score=kind) for kind in (score, against)]
+    sides, rows = [probe.under(score=kind) for kind in (score, against)], probe.rows
 
-    def probe(pair: Pair) -> replicates.Values:
-        drawn = drawn_batches(dataset, batches, rows, generator)
-        (a, ab), (_, b) = _compared(sides, drawn, pair, N, progress)[0]
+    def measured(pair: Pair) -> Statistic:
+        (a, ab), (_, b) = _compared(sides, probe.drawn(), pair)[0]
 
-        def cosine(kept: Tensor) -> replicates.Values:
+        def cosine(kept: Tensor) -> Values:
             aa, bb = replicates.across(a, kept), replicates.across(b, kept)
             return {
                 "cosine": replicates.cosine(replicates.across(ab, kept), aa, bb),
@@ -160,35 +252,27 @@ def gradient_cosine(
                 "snr_against": replicates.ratio(bb, rows * replicates.variance(b, kept)),
             }
 
-        return replicates.jackknife(cosine, batches)
+        return cosine
 
-    return by_level(problem, N, levels, probe, "cosine")
+    return probe.by_level(levels, measured, "cosine")
 
 
 def gradient_slopes(
-    problem: Problem,
-    score: Score,
-    against: Score,
-    dataset: Dataset,
-    Ns: Sequence[int],
-    progress: float,
-    batches: int,
-    rows: int,
-    generator: torch.Generator,
+    probe: Probe, score: Score, against: Score, Ns: Sequence[int]
 ) -> dict[str, Any]:
     """How far two scores' losses and gradients are apart under the law, as lists over N, and the
     powers of N by which they fall; value: the gradients'. gradient_difference is None where noise
     makes its square negative; predicted_* are None where no one power is expected."""
-    drawn = list(drawn_batches(dataset, batches, rows, generator))
+    drawn = list(probe.drawn())
     sides = [
-        _with(problem, score=kind, repeat=1 if meaning.deterministic(kind) else DRAWS)
+        probe.under(score=kind, repeat=1 if meaning.deterministic(kind) else DRAWS)
         for kind in (score, against)
     ]
 
-    def measured(N: int) -> Callable[[Tensor], replicates.Values]:
-        ((a, ab), (ba, b)), losses = _compared(sides, drawn, None, N, progress)
+    def measured(N: int) -> Statistic:
+        ((a, ab), (ba, b)), losses = _compared([replace(side, N=N) for side in sides], drawn, None)
 
-        def values(kept: Tensor) -> replicates.Values:
+        def values(kept: Tensor) -> Values:
             first, second = losses[kept].mean(0).tolist()
             square = replicates.ratio(
                 replicates.across(a + b - ab - ba, kept), replicates.across(b, kept)
@@ -204,9 +288,9 @@ def gradient_slopes(
         return values
 
     at = [measured(N) for N in Ns]
-    found = [replicates.jackknife(values, batches) for values in at]
+    found = [replicates.jackknife(values, probe.batches) for values in at]
 
-    def powers(kept: Tensor) -> replicates.Values:
+    def powers(kept: Tensor) -> Values:
         left = [values(kept) for values in at]
         ratio, square = (
             replicates.power(Ns, [v[name] for v in left], [v[f"{name}_se"] for v in found])
@@ -214,7 +298,7 @@ def gradient_slopes(
         )
         return {"slope_loss": ratio, "slope_gradient": None if square is None else square / 2}
 
-    fitted, distance = replicates.jackknife(powers, batches), problem.factors.distance
+    fitted, distance = replicates.jackknife(powers, probe.batches), probe.problem.factors.distance
     between = isinstance(distance, factors.PseudoHuber)  # L2 at small steps, a norm at large ones
     fall = -1.0 if isinstance(distance, factors.L2) else 0.0
     return {
@@ -227,123 +311,17 @@ def gradient_slopes(
     }
 
 
-# --- batches, levels, gradients ---
-
-
-def _key(generator: torch.Generator) -> Tensor:
-    """A key of a mask or of a score's randomness."""
-    return torch.randint(2**31, (), generator=generator, device=generator.device)
-
-
-def drawn_batches(
-    dataset: Dataset, m: int, rows: int, generator: torch.Generator
-) -> Iterator[Batch]:
-    """m independent batches: training images drawn with replacement, or endless data."""
-    kwargs = {"generator": generator, "device": generator.device}
-    for _ in range(m):
-        x = dataset.draw(rows, generator)
-        z, u = torch.randn(x.shape, **kwargs), torch.rand(rows, dtype=torch.float64, **kwargs)
-        yield Batch(x, z, u, _key(generator), _key(generator))
-
-
-@torch.no_grad()
-def _redrawn(
-    problem: Problem, batch: Batch, t: Tensor, progress: float, generator: torch.Generator
-) -> Batch:
-    """The batch with x and the score's randomness drawn again given exactly (t, x_t) and the mask.
-
-    A row whose x'' is the same image, or whose D^ is the same to the last bit, keeps x and z:
-    x'' + t z'' is x_t up to rounding only, which would pass for noise.
-    """
-    f, known, x = problem.factors, problem.known, batch.x
-    x_t, draw = x + along(t, x) * batch.z, _key(generator)
-    new = known.law.posterior_draws(x_t, t, _key(generator), 1)[0]
-    same = (new == x).flatten(1).all(1)
-    if not isinstance(getattr(f.auxiliary, "labels", None), factors.FromData):
-        D = estimate(f.score, known, Point(x, x_t, t, batch.draw, progress))
-        D_new = estimate(f.score, known, Point(new, x_t, t, draw, progress))
-        same |= (D == D_new).flatten(1).all(1)
-    same = along(same, x)
-    z = torch.where(same, batch.z, (x_t - new) / along(t, x))
-    return replace(batch, x=torch.where(same, x, new), z=z, draw=draw)
-
-
-def levels_of(problem: Problem, batch: Batch, pair: Pair, N: float) -> Levels:
-    """(r, t) of the batch."""
-    if pair is None:
-        return problem.levels(batch, N)
-    return tuple(torch.full_like(batch.u, level, dtype=torch.float32) for level in pair)
-
-
-def _pairs(problem: Problem, N: float, levels: Sequence[float]) -> list[tuple[float, float]]:
-    """The pairs (r, t) of training whose ln t is nearest to that of each level, each pair once."""
-    f, sigma, asked = problem.factors, problem.sigma, torch.tensor(levels, dtype=torch.float64)
-    if isinstance(f.objective, factors.Continuous):
-        r = t = asked.float()
-    elif isinstance(f.discretization, factors.EctMapping):  # any t is one of training
-        u = (asked / sigma.min).log() / math.log(sigma.max / sigma.min)
-        r, t = schedules.pair(f.discretization, factors.LogUniform(), u, N, sigma)
-    else:
-        grid = schedules.karras(torch.arange(N), N, sigma).float()
-        i = (asked[:, None].log() - grid[1:].double().log()).abs().argmin(1)
-        r, t = grid[i], grid[i + 1]
-    return list(dict.fromkeys(zip(r.tolist(), t.tolist(), strict=True)))
-
-
-def _with(problem: Problem, **changes: object) -> Problem:
-    """The problem with other factors, at the same weights."""
-    return replace(problem, factors=msgspec.structs.replace(problem.factors, **changes))
-
-
-def gradient_of(
-    problem: Problem, batch: Batch, at: Levels, progress: float
-) -> tuple[Tensor, float]:
-    """The gradient (P,) of a batch's mean loss in all parameters, and that loss."""
-    loss, weights = problem.at_levels(batch, *at, progress).mean(), list(problem.net.parameters())
-    parts = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
-    return torch.cat([g.flatten() for g in parts]), float(loss.detach())
-
-
 def _compared(
-    sides: Sequence[Problem], drawn: Iterable[Batch], pair: Pair, N: float, progress: float
+    sides: Sequence[Probe], drawn: Iterable[Batch], pair: Pair
 ) -> tuple[Tensor, Tensor]:
-    """Two problems of the same weights on the same batches: inner products of their gradients
+    """Two losses at the same weights on the same batches: inner products of their gradients
     (2, 2, m, m), and losses (m, 2)."""
     gradients, losses = ([], []), ([], [])
     for batch in drawn:
-        at = levels_of(sides[0], batch, pair, N)
+        at = sides[0].levels(batch, pair)
         for i, side in enumerate(sides):
-            g, loss = gradient_of(side, batch, at, progress)
+            g, loss = side.gradient(batch, at)
             gradients[i].append(g)
             losses[i].append(loss)
     gram, m = replicates.gram(torch.stack(gradients[0] + gradients[1])), len(losses[0])
     return gram.view(2, m, 2, m).transpose(1, 2), torch.tensor(losses, dtype=torch.float64).T
-
-
-@torch.no_grad()
-def steps(problem: Problem, batch: Batch, at: Levels, progress: float) -> Tensor:
-    """f(x_t, t) - f^-(x_r, r) of each repeat and row, (repeats, B, ...)."""
-    r, t = at
-    x_t = batch.x + along(t, batch.x) * batch.z
-    student = consistency(problem.net, x_t, t, problem.sigma, batch.mask)
-    return student - torch.stack(problem.targets(batch, x_t, r, t, progress))
-
-
-def c_of(problem: Problem, dataset: Dataset) -> float:
-    """Pseudo-Huber's c; 0 of a distance that has none."""
-    return getattr(problem.factors.distance, "c0", 0.0) * math.prod(dataset.shape) ** 0.5
-
-
-def by_level(
-    problem: Problem,
-    N: float,
-    levels: Sequence[float],
-    probe: Callable[[Pair], replicates.Values],
-    name: str,
-) -> dict[str, Any]:
-    """What `probe` finds at every pair of levels, as lists, and under the law; value: its NAME."""
-    pairs = _pairs(problem, N, levels)
-    found, law = [probe(pair) for pair in pairs], probe(None)
-    where = {"sigma": [t for _, t in pairs], "r": [r for r, _ in pairs], "N": N}
-    lists = {key: [values[key] for values in found] for key in law}
-    return {**where, **lists, "law": law, "value": law[name]}

@@ -61,32 +61,25 @@ def gradient(
     are the same for all variants of a block."""
     factors, sigma = run.recipe.factors, level_range(run.recipe.factors, dataset)
     scores = [msgspec.convert(record[k], Score) for k in ("score", "against") if k in record]
-    ids = [i for score in scores for i in named_sources(score)]
-    rows, batches = factors.batch, record["batches"]
-    needed = {i: teacher(i) for i in ids}
+    needed = {i: teacher(i) for score in scores for i in named_sources(score)}
     problem, moment = problem_at(run, sources, lookup, dataset, device, at, needed)
     generator = torch.Generator(device).manual_seed(seeds.number(run.seed, record["kind"]))
     # of the last update, whose N these weights were trained at
-    progress = max(0.0, at - rows / factors.budget.images)
+    progress = max(0.0, at - factors.batch / factors.budget.images)
     N = schedules.grid_points(factors.discretization, progress)
+    probe = gradients.Probe(
+        problem, dataset, N, progress, record["batches"], factors.batch, generator
+    )
     if record["kind"] == "gradient_slopes":
-        return gradients.gradient_slopes(
-            problem, *scores, dataset, record["N"], progress, batches, rows, generator
-        )
+        return gradients.gradient_slopes(probe, *scores, record["N"])
     levels = geometric(sigma.min, sigma.max, record["sigmas"] + 1)[1:]
     if record["kind"] == "gradient_cosine":
-        return gradients.gradient_cosine(
-            problem, *scores, dataset, N, progress, levels, batches, rows, generator
-        )
+        return gradients.gradient_cosine(probe, *scores, levels)
     if record["kind"] == "gradient_rounding":
         exact = in_float32(problem)
         compiled(problem.net, device)  # fused kernels round less: in half precision as it trained
-        return rounding.gradient_rounding(
-            problem, exact, dataset, N, progress, levels, batches, rows, generator
-        )
-    return gradients.gradient_noise(
-        problem, dataset, N, progress, levels, batches, rows, moment, generator
-    )
+        return rounding.gradient_rounding(probe, exact, levels)
+    return gradients.gradient_noise(probe, levels, moment)
 
 
 def denoisers(

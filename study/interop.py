@@ -90,13 +90,24 @@ def _state_dict(path: Path, ema: str | None) -> Mapping[str, Tensor]:
     """The tensors of a state dict, or of one average of a run's snapshot."""
     value = load_tensors(path)
     if isinstance(value, dict) and {"raw", "ema"} <= value.keys():
-        sets = {**value["ema"], "raw": value["raw"]}
-        if (ema or "raw") not in sets:
-            raise StudyError(f"{path}: no ema {ema}; allowed: {', '.join(sets)}")
-        value = sets[ema or next(iter(sets))]
-    elif ema:
+        return average(value, path, ema)
+    if ema:
         raise StudyError(f"{path}: ema {ema} asked for, and it is no run's snapshot")
     return tensors(value, path)
+
+
+def average(snapshot: Mapping[str, Any], path: Path, ema: str | None) -> Mapping[str, Tensor]:
+    """The tensors of one average of a run's snapshot: a length, or raw; else the first. Raises
+    StudyError where there is none such, or it is no snapshot."""
+    try:
+        sets = {**snapshot["ema"], "raw": snapshot["raw"]}
+    except (KeyError, TypeError, IndexError):
+        raise StudyError(f"{path}: its snapshot is not what training writes") from None
+    chosen = ema or next(iter(sets))
+    if chosen not in sets:
+        allowed = ", ".join(map(str, sets))
+        raise StudyError(f"{path}: ema {chosen}: no such average; allowed: {allowed}")
+    return tensors(sets[chosen], path)
 
 
 def tensors(value: object, path: Path) -> Mapping[str, Tensor]:
@@ -130,21 +141,13 @@ def _safetensors(path: Path) -> Outside:
     return Outside(path, tensors, **msgspec.structs.asdict(about))
 
 
-def write(
-    path: Path,
-    weights: Mapping[str, Tensor],
-    network: Mapping[str, Any],
-    objective: str,
-    sigma: Sigma,
-    shape: tuple[int, ...],
-    precision: str,
-) -> None:
-    """A .safetensors file whose metadata say, as JSON under one key (several would come in any
-    order), what network this is and of what: whole or not at all. sigma: with `data` known."""
-    about = _About(dict(network), objective, msgspec.to_builtins(sigma), shape, precision)
-    tensors = {name: w.contiguous() for name, w in weights.items()}
+def write(weights: Outside) -> None:
+    """Its .safetensors file, whose metadata say, as JSON under one key (several would come in any
+    order), what network this is and of what, all of it known: whole or not at all."""
+    about = {name: getattr(weights, name) for name in _About.__struct_fields__}
+    tensors = {name: w.contiguous() for name, w in weights.tensors.items()}
     metadata = {KEY: msgspec.json.encode(about).decode()}
-    write_bytes(path, safetensors.torch.save(tensors, metadata))
+    write_bytes(weights.path, safetensors.torch.save(tensors, metadata))
 
 
 # --- EDM's and ECT's snapshots ---

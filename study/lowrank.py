@@ -25,17 +25,7 @@ import torch
 from torch import Tensor
 
 from study import noise
-from study.mixtures import (
-    BETWEEN,
-    COMMON,
-    MIN_STEPS,
-    PLACE,
-    WITHIN,
-    Level,
-    chosen,
-    column,
-    heun,
-)
+from study.mixtures import BETWEEN, COMMON, PLACE, WITHIN, Level, chosen, column, heun
 
 CHUNK = 1 << 23  # float64 entries of one block: 64 MiB
 
@@ -156,14 +146,11 @@ class LowRankMixture:
             done += len(x)
         return torch.cat(result).view(x_t.shape).to(x_t.dtype)
 
-    def ode_map(self, x_t: Tensor, t: Level, r: Level, steps: int = MIN_STEPS) -> Tensor:
-        """Carry x_t from level t to level r along dx/dt = -t score(x, t), (B, *shape).
-
-        Heun with the exact score on a rho = 7 grid of `steps` steps (at least 256, else
-        ValueError), in float64: error of order steps^-2.
-        """
+    def ode_map(self, x_t: Tensor, t: Level, r: Level) -> Tensor:
+        """Carry x_t from level t to level r along dx/dt = -t score(x, t), (B, *shape): `heun` with
+        the exact score, in float64."""
         x = x_t.double().flatten(1)
-        x = heun(self.score, x, column(t, x), column(r, x), steps)
+        x = heun(self.score, x, column(t, x), column(r, x))
         return x.view(x_t.shape).to(x_t.dtype)
 
     def _joints(self, x_t: Tensor, t: Level) -> Iterator[tuple[Tensor, ...]]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from study import evaluate, instruments, oracle, probes, reference, trajectories
 from study.data import Dataset, to_uint8
+from study.errors import StudyError
 from study.extractors.names import is_inception
 from study.factors import Denoising
 from study.mixtures import Density
@@ -189,24 +190,18 @@ def measure(
     )
     paths = cache(lambda ids: instruments.denoisers(ids, dataset, teacher))
     snapshot = lru_cache(1)(lambda at, ema: Snapshot(run, folder, dataset, device, at, ema))
-    first = run.recipe.factors.weights_ema[0]
-    due = sorted(folder.due(run, thorough=True), key=lambda s: together(s, first))
-    for settings in due:  # a torn one must not pass for a made one if making it fails
-        folder.file(f"measures/{settings.file}").unlink(missing_ok=True)
-    for settings in due:
-        if stop():
-            return False
-        start, record = time.perf_counter(), settings.record
+
+    def made(settings: Settings) -> dict[str, Any]:
+        record = settings.record
         if record["kind"] in PROBES:
-            result = instruments.gradient(
+            return instruments.gradient(
                 run, sources, lookup, dataset, device, settings.at, record, teacher
             )
-        elif record["kind"] == "trajectories":
+        if record["kind"] == "trajectories":
             last = snapshot(settings.at, record["ema"])
-            denoisers = paths(tuple(record["teachers"]))
-            result = trajectories.trajectories(
+            return trajectories.trajectories(
                 last.model,
-                denoisers,
+                paths(tuple(record["teachers"])),
                 dataset,
                 last.sigma,
                 record["sigmas"],
@@ -214,9 +209,9 @@ def measure(
                 record["steps"],
                 run.seed,
             )
-        elif record["kind"] == "score_error":
+        if record["kind"] == "score_error":
             factors = run.recipe.factors
-            result = probes.score_error(
+            return probes.score_error(
                 factors.score,
                 knowledge(run, sources, lookup, dataset, device),
                 dataset,
@@ -225,8 +220,23 @@ def measure(
                 record["samples"],
                 record.get("batch"),
             )
-        else:
-            result = values(snapshot(settings.at, record["ema"]), settings)
+        return values(snapshot(settings.at, record["ema"]), settings)
+
+    first = run.recipe.factors.weights_ema[0]
+    due = sorted(folder.due(run, thorough=True), key=lambda s: together(s, first))
+    for settings in due:  # a torn one must not pass for a made one if making it fails
+        folder.file(f"measures/{settings.file}").unlink(missing_ok=True)
+    for settings in due:
+        if stop():
+            return False
+        start, record = time.perf_counter(), settings.record
+        try:
+            result = made(settings)
+        except torch.OutOfMemoryError as error:
+            raise StudyError(
+                f"measure.{record['kind']}: this GPU's memory does not hold it; ask for less of "
+                "it (samples, batches, n), or take a larger GPU or --device cpu"
+            ) from error
         write_json(
             folder.file(f"measures/{settings.file}"),
             {

@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from study import noise
+from study.consistency import solver_step
 from study.errors import StudyError
+from study.factors import Heun
 
 RHO = 7.0  # warp of the solver's grid, Karras et al. 2022 (arXiv 2206.00364), eq. 5
-MIN_STEPS = 256
+STEPS = 256  # of the solver
 BISECTIONS = 64  # brings any bracket below the spacing of float64
 
 # Noise streams under a caller's key: which of the parts a draw comes from and its place there, and
@@ -156,14 +158,6 @@ class GaussianMixture:
         offsets = centres - torch.einsum("bk,bkd->bd", g, centres)[:, None]
         return (g * (x_t.shape[1] * c + (offsets**2).sum(2))).sum(1)
 
-    def posterior_covariance(self, x_t: Tensor, t: Level) -> Tensor:
-        """Cov[x | x_t], (B, d, d)."""
-        g, centres, c = self._posterior(x_t, t)
-        offsets = centres - torch.einsum("bk,bkd->bd", g, centres)[:, None]
-        between = torch.einsum("bk,bki,bkj->bij", g, offsets, offsets)
-        within = (g * c).sum(1)[:, None].expand_as(x_t).diag_embed()
-        return between + within
-
     def posterior_draws(self, x_t: Tensor, t: Level, key: Tensor, k: int) -> Tensor:
         """k independent exact draws of x given each row of x_t, (k, B, d)."""
         g, centres, c = self._posterior(x_t, t)
@@ -180,13 +174,12 @@ class GaussianMixture:
         common = (g * c).sum(1, keepdim=True).sqrt() * noise.normal(key, COMMON, x_t.shape).to(x_t)
         return common + torch.einsum("bk,bkd->bd", shares, offsets)
 
-    def ode_map(self, x_t: Tensor, t: Level, r: Level, steps: int = MIN_STEPS) -> Tensor:
+    def ode_map(self, x_t: Tensor, t: Level, r: Level) -> Tensor:
         """Carry x_t from level t to level r along dx/dt = -t score(x, t), (B, d).
 
         One component (K = 1): closed, x_r = m + sqrt((s^2 + r^2) / (s^2 + t^2)) (x_t - m).
         One dimension (d = 1): exact, the monotone quantile map F_r^{-1}(F_t(x_t)), by bisection.
-        Otherwise: Heun with the closed score on a rho = 7 grid of `steps` steps (error of order
-        steps^-2; at least 256, else ValueError). All of it in float64, returned in x_t's dtype.
+        Otherwise: `heun` with the closed score. All of it in float64, returned in x_t's dtype.
         """
         x = x_t.double()
         t, r = column(t, x), column(r, x)
@@ -199,7 +192,7 @@ class GaussianMixture:
             # Each component's own map keeps its own quantile, so the outermost two are a bracket.
             x = mixture._match_quantile(x, t, r, alone.amin(1), alone.amax(1))
         else:
-            x = heun(mixture.score, x, t, r, steps)
+            x = heun(mixture.score, x, t, r)
         return x.to(x_t.dtype)
 
     def _log_joint(self, x_t: Tensor, t: Tensor) -> Tensor:
@@ -249,23 +242,23 @@ class GaussianMixture:
 
 
 def heun(
-    score: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, r: Tensor, steps: int
+    score: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, r: Tensor, steps: int = STEPS
 ) -> Tensor:
     """Heun's method for dx/dt = -t score(x, t) from level t to r, both (B or 1, 1), on a rho = 7
-    grid. Raises ValueError for fewer than 256 steps.
+    grid: error of order steps^-2.
 
     -t score stays finite at t = 0, unlike (x - D) / t.
     """
-    if steps < MIN_STEPS:
-        raise ValueError(f"ode_map: steps must be at least {MIN_STEPS}, got {steps}")
+
+    def slope(x: Tensor, t: Tensor) -> Tensor:
+        return -t * score(x, t)
+
     for i in range(steps):
         here, there = (
             (t ** (1 / RHO) + j / steps * (r ** (1 / RHO) - t ** (1 / RHO))) ** RHO
             for j in (i, i + 1)
         )
-        slope = -here * score(x, here)
-        ahead = -there * score(x + (there - here) * slope, there)
-        x = x + (there - here) * (slope + ahead) / 2
+        x = solver_step(Heun(), slope, x, here, there)
     return x
 
 

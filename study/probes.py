@@ -48,6 +48,13 @@ def geometric(low: float, high: float, count: int) -> list[float]:
     return [low * (high / low) ** (i / (count - 1)) for i in range(count)]
 
 
+def noised(x: Tensor, level: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """x_t = x + t z of points x (B, ...), and t (B,)."""
+    t = torch.full((len(x),), level, device=x.device)
+    z = torch.randn(x.shape, generator=generator, device=x.device)
+    return x + along(t, x) * z, t
+
+
 @torch.no_grad()
 def score_error(
     score: Score,
@@ -90,8 +97,7 @@ def score_error(
         generator = torch.Generator(device).manual_seed(seeds.number(0, "score_error", i))
         x = dataset.draw(samples, generator)
         keys = torch.randint(2**31, (8,), generator=generator, device=device)
-        t = torch.full((samples,), level, device=device)
-        x_t = x + along(t, x) * torch.randn(x.shape, generator=generator, device=device)
+        x_t, t = noised(x, level, generator)
         again = law.posterior_draws(x_t, t, keys[0], 1)[0]
         first, second = (
             estimated(Point(clean, x_t, t, key)) for clean, key in ((x, keys[1]), (again, keys[2]))
@@ -106,10 +112,7 @@ def score_error(
         sizes = law.effective_samples(x_t, t) if finite else None
         result["effective_samples"].append(None if sizes is None else float(sizes.median()))
 
-        t = torch.full((len(held_out),), level, device=device)
-        x_t = held_out + along(t, held_out) * torch.randn(
-            held_out.shape, generator=generator, device=device
-        )
+        x_t, t = noised(held_out, level, generator)
         draws = law.posterior_draws(x_t, t, keys[3], 2)
         first, second = (
             estimated(Point(clean, x_t, t, key))
@@ -163,8 +166,7 @@ def exact_points(
     for i, level in enumerate(levels):
         generator = torch.Generator(device).manual_seed(seeds.number(0, "map_error", i))
         x = dataset.fresh(samples, generator)
-        t = torch.full((samples,), level, device=device)
-        x_t = x + along(t, x) * torch.randn(x.shape, generator=generator, device=device)
+        x_t, t = noised(x, level, generator)
         points.append((x_t, t, dataset.density.ode_map(x_t, level, low)))
     return points
 

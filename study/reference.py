@@ -28,7 +28,7 @@ from study.folder import kept
 from study.identity import digest
 from study.settings import Settings
 
-STATISTICS = 2  # raise it when the same images and weights come to other statistics
+STATISTICS = 3  # raise it when the same images and weights come to other statistics
 
 
 def check(asked: Iterable[Settings], dataset: Dataset) -> None:

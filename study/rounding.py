@@ -24,54 +24,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from study import replicates
-from study.data import Dataset
-from study.factors import Continuous
-from study.gradients import Pair, by_level, c_of, drawn_batches, gradient_of, levels_of, steps
+from study.gradients import Pair, Probe, Statistic
 from study.losses import Problem
+from study.replicates import Values
 
 
-def gradient_rounding(
-    problem: Problem,
-    exact: Problem,
-    dataset: Dataset,
-    N: float,
-    progress: float,
-    levels: Sequence[float],
-    batches: int,
-    rows: int,
-    generator: torch.Generator,
-) -> dict[str, Any]:
+def gradient_rounding(probe: Probe, exact: Problem, levels: Sequence[float]) -> dict[str, Any]:
     """The errors above as lists over the pairs (r, t) nearest to `levels`, and under the law;
     value: the law's `error`. exact: the problem in float32. squared_bias is all but unbiased, also
     where noise makes it negative and bias None. step_over_c: the float32 residual's rms over
     pseudo-Huber's c: far below 1 the gradient is linear in it. None: not defined for the run."""
-    stepped, c = not isinstance(problem.factors.objective, Continuous), c_of(problem, dataset)
+    twin, m = replace(probe, problem=exact), probe.batches
 
-    def probe(pair: Pair) -> replicates.Values:
+    def measured(pair: Pair) -> Statistic:
         true, apart, squares = [], [], []
-        for batch in drawn_batches(dataset, batches, rows, generator):
-            at = levels_of(problem, batch, pair, N)
-            h, _ = gradient_of(exact, batch, at, progress)
+        for batch in probe.drawn():
+            at = probe.levels(batch, pair)
+            h, _ = twin.gradient(batch, at)
             true.append(h)
-            apart.append(gradient_of(problem, batch, at, progress)[0] - h)
-            if stepped:
-                delta = steps(exact, batch, at, progress)
-                off = steps(problem, batch, at, progress) - delta
+            apart.append(probe.gradient(batch, at)[0] - h)
+            if probe.stepped:
+                delta = twin.steps(batch, at)
+                off = probe.steps(batch, at) - delta
                 count = math.prod(delta.shape[:2])  # repeats and rows
                 squares.append([replicates.square(v) / count for v in (off, delta)])
         # d has inner products of its own: as a difference of others' it would be lost in theirs
         gram = replicates.gram(torch.stack(true + apart))
-        (hh, hd), (dh, dd) = gram.view(2, batches, 2, batches).transpose(1, 2)
+        (hh, hd), (dh, dd) = gram.view(2, m, 2, m).transpose(1, 2)
         gg, gh = hh + hd + dh + dd, hh + dh
         residuals = torch.tensor(squares, dtype=torch.float64)  # (batches, 2)
 
-        def values(kept: Tensor) -> replicates.Values:
+        def values(kept: Tensor) -> Values:
             def single(gram: Tensor) -> float:
                 return float(gram.diagonal()[kept].mean())
 
@@ -80,7 +70,10 @@ def gradient_rounding(
 
             squared_bias = replicates.ratio(mean(dd), mean(hh))
             noise = replicates.variance(hh, kept)
-            off, far = residuals[kept].mean(0).tolist() if stepped else (None, None)
+            residual_error = step = None
+            if probe.stepped:
+                off, far = residuals[kept].mean(0).tolist()
+                residual_error, step = replicates.root(replicates.ratio(off, far)), math.sqrt(far)
             return {
                 "bias": replicates.root(squared_bias),
                 "squared_bias": squared_bias,
@@ -88,10 +81,10 @@ def gradient_rounding(
                 "error_over_noise": replicates.root(replicates.ratio(single(dd), noise)),
                 "cosine": replicates.cosine(mean(gh), mean(gg), mean(hh)),
                 "cosine_batch": replicates.cosine(single(gh), single(gg), single(hh)),
-                "residual_error": replicates.root(replicates.ratio(off, far)) if stepped else None,
-                "step_over_c": math.sqrt(far) / c if stepped and c else None,
+                "residual_error": residual_error,
+                "step_over_c": probe.over_c(step),
             }
 
-        return replicates.jackknife(values, batches)
+        return values
 
-    return by_level(problem, N, levels, probe, "error")
+    return probe.by_level(levels, measured, "error")

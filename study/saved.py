@@ -68,11 +68,11 @@ class Saved:
 
     def export(self, path: Path) -> None:
         """Writes them as .safetensors, with what another program needs to use them."""
-        network = msgspec.to_builtins(self.network)
+        network, sigma = msgspec.to_builtins(self.network), msgspec.to_builtins(self.sigma)
         kind = self.objective.__struct_config__.tag
-        interop.write(
-            path, self.weights, network, kind, self.sigma, self.shape, self.precision
-        )
+        interop.write(interop.Outside(
+            path, self.weights, network, kind, sigma, self.shape, self.precision
+        ))  # fmt: skip
 
 
 def load(path: Path, at: float, ema: str | None) -> Saved:
@@ -105,14 +105,7 @@ def _from_run(path: Path, at: float, ema: str | None) -> Saved:
     points = [s["at"] for s in trained["snapshots"]]
     if at not in points:
         raise StudyError(f"{path}: --at {at:g}: no such snapshot; {nearest(at, points)}")
-    snapshot = snapshot_at(folder, at)
-    try:
-        sets = {**snapshot["ema"], "raw": snapshot["raw"]}
-    except (KeyError, TypeError, IndexError):
-        raise StudyError(f"{path}: its snapshot is not what training writes") from None
-    chosen = ema or str(recipe.weights_ema[0])
-    if chosen not in sets:
-        raise StudyError(f"{path}: --ema {chosen}: no such average; {nearest(chosen, sets)}")
+    weights = interop.average(snapshot_at(folder, at), path, ema)
     shape = tuple(trained.get("shape", ()))
     vectors = len(shape) == 1
     if not shape or vectors:  # of vectors the population is drawn beside; older runs have no shape
@@ -120,7 +113,7 @@ def _from_run(path: Path, at: float, ema: str | None) -> Saved:
         shape, vectors = dataset.shape, not dataset.images
     return Saved(
         path,
-        interop.tensors(sets[chosen], path),
+        weights,
         recipe.network,
         recipe.objective,
         sigma,

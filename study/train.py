@@ -158,10 +158,10 @@ def train(
         value = {"facts": facts, **student.state(), "spend": msgspec.to_builtins(spend)}
         save_tensors(state_file, value)
 
-    def ended(outcome: str, reason: str | None) -> None:
+    def ended(outcome: str, reason: str | None, spent: Spend) -> None:
         # a point asked for after training had passed it has no snapshot, and gets none
         made = [s for s in snapshots if folder.file(s["file"]).exists()]
-        finish(folder, facts, outcome, reason, spend, made)
+        finish(folder, facts, outcome, reason, spent, made)
 
     points = snapshot_points(run.recipe.measure, run.measures, factors, run.recipe.role)
     due = snapshot_images(budget, batch, points)
@@ -170,14 +170,15 @@ def train(
     ]
     every = math.ceil(budget / batch / LOG_ROWS)
     per_image = passes(factors)
-    waiting: list[tuple[dict[str, Any], Callable[[], list[float]]]] = []
+    waiting: list[tuple[dict[str, Any], Spend, Callable[[], list[float]]]] = []
 
     def logged() -> bool:
-        """Writes the row that waits for its numbers; False where they end the run."""
-        for row, numbers in waiting:
+        """Writes the row that waits for its numbers; False where they end the run there."""
+        for row, spent, numbers in waiting:
             loss, norm = numbers()
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                ended("diverged", f"loss {loss}, gradient norm {norm} at update {row['step']}")
+                reason = f"loss {loss}, gradient norm {norm} at update {row['step']}"
+                ended("diverged", reason, spent)
                 return False
             append_line(log, row | {"loss": loss, "grad_norm": norm})
         waiting.clear()
@@ -208,7 +209,7 @@ def train(
                 "N": None if "discretization" in ignored(factors) else N,
                 "seconds": spend.seconds,
             }
-            waiting.append((row, numbers))
+            waiting.append((row, spend, numbers))
         stopping = stop()
         saves = stopping or images in due or tick - saved > SAVE_SECONDS
         if (saves or device.type == "cpu") and not logged():
@@ -221,6 +222,6 @@ def train(
         if stopping and images < budget:
             return False
         clock = time.perf_counter()  # saving is not training
-    ended("trained", None)
+    ended("trained", None, spend)
     state_file.unlink(missing_ok=True)  # the last snapshot holds the weights
     return True

@@ -10,9 +10,9 @@ import pytest
 import torch
 from studies import TWO_MODES, read, replaced, write
 
+from study import measure, worker
 from study import run as command
-from study import worker
-from study.bench import main
+from study.bench import kept, main
 from study.capture import usable
 from study.errors import StudyError
 from study.forecast import step_key
@@ -134,6 +134,28 @@ def test_out_of_memory_says_the_batch_that_would_fit(
     assert not folder.file("trained.json").exists()
 
 
+def test_out_of_memory_in_a_measurement_names_it_and_keeps_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = load(write(tmp_path))
+    store = Store(tmp_path / "results", study)
+    run = next(r for r in study.runs if r.recipe.name == "ct")
+    plain, calls = measure.evaluate.sliced_wasserstein, []
+
+    def full(*given: object) -> float:
+        calls.append(given)
+        if len(calls) > 2:  # of samples, and of the floor, at half of training
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(*given)
+
+    monkeypatch.setattr(measure.evaluate, "sliced_wasserstein", full)
+    assert worker.work(run, study.unique, store.folders, "cpu") == worker.FAILED
+    folder = store.folders[run.id]
+    expected = "measure.sliced_wasserstein: this GPU's memory does not hold it; ask for less of it"
+    assert folder.reason().startswith(expected)
+    assert folder.trained and len(list(folder.path.glob("measures/*"))) == 1
+
+
 def test_nothing_trained_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = TWO_MODES.replace("seeds:", "  copy: {init: {run: edm}, budget: {images: 0}}\nseeds:")
     study = load(write(tmp_path, text))
@@ -199,6 +221,19 @@ def test_settings_of_other_seeds_cost_the_same(tmp_path: Path) -> None:
     study = load(write(tmp_path, PROBED))
     asked = [m for r in study.runs if r.recipe.name == "ct" for m in r.measures]
     assert len({m.file for m in asked}) == 3 and len({measure_key(m) for m in asked}) == 1
+
+
+@pytest.mark.parametrize("other", ["", "device", "torch", "code"])
+def test_figures_are_kept_of_the_same_machine_torch_and_code(other: str, tmp_path: Path) -> None:
+    here = {"device": "gpu", "torch": torch.__version__, "code": worker.CODE["code"]}
+    timed = {"step": "s", "seconds_per_image": 1.0, "first_update_seconds": 1.0,
+             "measuring_seconds": None}  # fmt: skip
+    store = Store(tmp_path, load(write(tmp_path)))
+    store.path.mkdir(parents=True)
+    (store.path / "bench.json").write_text(
+        json.dumps(here | {"recipes": {"c/ct": timed}} | ({other: "x"} if other else {}))
+    )
+    assert kept(store, "gpu") == ({} if other else {"c/ct": timed})
 
 
 def test_one_that_dies_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from study import cifar10, data, fetch, folder, run
 from study.errors import StudyError
-from study.extractors import cifar10 as parts_of
+from study.extractors import splits
 from study.pickles import restricted
 from study.resolve import load as load_study
 from study.subjects import Cifar10
@@ -361,7 +361,7 @@ def test_downloads_once_whole_or_not_at_all(
 
 def test_the_split_halves_the_test_images_by_class_and_place(tmp_path: Path) -> None:
     root = put(tmp_path / "data", WHOLE)
-    whole, parts = cifar10.load(root), parts_of.split(root)
+    whole, parts = cifar10.load(root), splits.of_cifar10(root)
     assert np.array_equal(parts["train"][0], whole["train"][0])
     images, of = whole["test"]
     for c in range(10):
@@ -377,7 +377,7 @@ def test_the_split_halves_the_test_images_by_class_and_place(tmp_path: Path) -> 
             path = tmp_path / "folder" / part / f"c{label}" / f"{i:04}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
-    again = parts_of.split_any(tmp_path / "folder")
+    again = splits.of_cifar10_or_folder(tmp_path / "folder")
     for name in ("extractor", "held_out"):
         a, b = ({row.tobytes() for row in p[name][0]} for p in (parts, again))
         assert a == b and len(again[name][1]) == len(parts[name][1])

@@ -1,4 +1,5 @@
-"""The digits split, and whether FID in the shipped extractor's features orders what it should."""
+"""The shipped extractors, the digits split, and whether FID in the features of digits orders what
+it should."""
 
 import hashlib
 from pathlib import Path
@@ -10,12 +11,12 @@ from distances import fid
 from scipy.ndimage import gaussian_filter
 from sklearn.datasets import load_digits
 
-from study.errors import StudyError
-from study.extractors import digits
-from study.extractors.load import EXTRACTORS, FOLDER, Extractor, load
+from study.extractors import splits
+from study.extractors.load import EXTRACTORS, Extractor, load
+from study.extractors.names import FOLDER, extractor_identity, shipped
 from study.extractors.train import RECIPES, train, write
 
-SPLIT = digits.split()
+SPLIT = splits.of_digits()
 
 
 def as_uint8(images: np.ndarray) -> torch.Tensor:
@@ -56,21 +57,30 @@ def test_split_is_the_one_the_shipped_weights_were_trained_on() -> None:
     for name in ("train", "held_out", "extractor"):
         digest.update(SPLIT[name][0].tobytes() + SPLIT[name][1].tobytes())
     assert digest.hexdigest()[:16] == "b891685b63a557d8"
-    again = digits.split()
+    again = splits.of_digits()
     assert all(np.array_equal(again[name][0], SPLIT[name][0]) for name in SPLIT)
 
 
-def test_features_and_digest(extractor: Extractor) -> None:
-    images = as_uint8(SPLIT["held_out"][0])
-    features = extractor(images)
-    assert features.shape == (400, 32) and features.dtype == torch.float32
-    assert not features.requires_grad
+@pytest.mark.parametrize(("name", "digest", "features", "size"), [
+    ("digits-cnn", "cf288f85", 32, 200_000), ("fashion_mnist-cnn", "f0792c2e", 64, 2_000_000),
+    ("cifar10-cnn", "b891c548", 64, 700_000),
+])  # fmt: skip
+def test_features_and_digest(name: str, digest: str, features: int, size: int) -> None:
+    extractor, generator = load(name), torch.Generator().manual_seed(0)
+    shape = 20, *EXTRACTORS[name].image
+    images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+    found = extractor(images)
+    assert found.shape == (20, features) and found.dtype == torch.float32
+    assert not found.requires_grad
     assert not any(module.training for module in extractor.modules())
-    assert extractor.classes(images).shape == (400, 10)
-    torch.testing.assert_close(extractor(images[:7]), features[:7])
-    content = (Path(FOLDER) / "digits-cnn.pt").read_bytes()
-    assert extractor.digest == hashlib.sha256(content).hexdigest()[:8]
-    assert extractor.name == "digits-cnn" and len(content) < 200_000
+    assert extractor.classes(images).shape == (20, 10)
+    torch.testing.assert_close(extractor(images[:7]), found[:7])
+    if shape[1] == 3:  # colours are told apart
+        assert (extractor(images.flip(1)) - found).abs().max() > 0.1
+    content = (FOLDER / f"{name}.pt").read_bytes()
+    assert hashlib.sha256(content).hexdigest()[:8] == digest and len(content) < size
+    assert extractor.name == name and extractor_identity(name) == f"{name}:{digest}"
+    assert sorted(EXTRACTORS) == shipped()
 
 
 @pytest.mark.parametrize("part", ["held_out", "train"])
@@ -108,23 +118,18 @@ def test_fid_rises_with_noise_and_with_blur(extractor: Extractor) -> None:
     assert fid(extractor(as_uint8(first[lost])), reference) > 2 * floor
 
 
-@pytest.mark.parametrize(
-    "images",
-    [
-        torch.zeros(2, 1, 8, 8),
-        torch.zeros(2, 8, 8, dtype=torch.uint8),
-        torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
-        torch.zeros(2, 1, 28, 28, dtype=torch.uint8),
-    ],
-)
-def test_other_images_are_refused(extractor: Extractor, images: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"takes uint8 images \(B, 1, 8, 8\), got"):
-        extractor(images)
-
-
-def test_unknown_name_lists_the_known() -> None:
-    with pytest.raises(StudyError, match="'digits_cnn' is not known; allowed: digits-cnn"):
-        load("digits_cnn")
+@pytest.mark.parametrize("name", EXTRACTORS)
+def test_other_images_are_refused(name: str) -> None:
+    extractor, (channels, side, _) = load(name), EXTRACTORS[name].image
+    for images in (
+        torch.zeros(2, channels, side, side),
+        torch.zeros(2, side, side, channels, dtype=torch.uint8),
+        torch.zeros(2, 4 - channels, side, side, dtype=torch.uint8),
+        torch.zeros(2, channels, 16, 16, dtype=torch.uint8),
+    ):
+        told = rf"takes uint8 images \(B, {channels}, {side}, {side}\), got"
+        with pytest.raises(ValueError, match=told):
+            extractor(images)
 
 
 def test_training_again_writes_the_same_bytes(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from PIL import Image
 from torch.nn import functional
 
 from study.cifar10 import DEFAULT_ROOT
-from study.data import to_float, to_uint8
-from study.extractors import cifar10, train
-from study.extractors.load import EXTRACTORS, FOLDER, Extractor, load
+from study.data import planes, to_float, to_uint8
+from study.extractors import splits, train
+from study.extractors.load import EXTRACTORS, Extractor, load
 
 Split = dict[str, tuple[np.ndarray, np.ndarray]]
 NAME, MANY = "cifar10-cnn", 2000
@@ -30,7 +30,7 @@ def extractor() -> Extractor:
 
 @pytest.fixture(scope="module")
 def split() -> Split:
-    return cifar10.split_any(DEFAULT_ROOT)
+    return splits.of_cifar10_or_folder(DEFAULT_ROOT)
 
 
 def features(extractor: Extractor, images: torch.Tensor) -> torch.Tensor:
@@ -42,8 +42,8 @@ def seen(extractor: Extractor, split: Split) -> tuple[torch.Tensor, torch.Tensor
     """Features of all held-out and of MANY training images, those not in order of class."""
     rows = np.random.default_rng(0).permutation(len(split["train"][1]))[:MANY]
     return (
-        features(extractor, train.tensor(split["held_out"][0])),
-        features(extractor, train.tensor(split["train"][0][rows])),
+        features(extractor, planes(split["held_out"][0])),
+        features(extractor, planes(split["train"][0][rows])),
     )
 
 
@@ -59,7 +59,7 @@ def test_the_split_is_the_one_the_weights_were_trained_on() -> None:
         place = np.zeros(10_000, np.uint16)
         for c in range(10):
             place[labels == c] = np.arange(1000)
-        parts = cifar10._halved({"train": (place, labels), "test": (place, labels)})
+        parts = splits._halved({"train": (place, labels), "test": (place, labels)})
         assert len(parts["train"][1]) == 10_000
         assert [len(parts[p][1]) for p in ("held_out", "extractor")] == [5000, 5000]
         own, digest = parts["extractor"], hashlib.sha256()
@@ -69,33 +69,6 @@ def test_the_split_is_the_one_the_weights_were_trained_on() -> None:
             assert sorted([*both, *held]) == list(range(1000))
             digest.update(both.tobytes())
         assert digest.hexdigest()[:16] == "587297efd5737552"
-
-
-def test_features_and_digest(extractor: Extractor) -> None:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (20, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    found = extractor(images)
-    assert found.shape == (20, 64) and found.dtype == torch.float32 and not found.requires_grad
-    assert extractor.classes(images).shape == (20, 10)
-    torch.testing.assert_close(extractor(images[:7]), found[:7])
-    assert (extractor(images.flip(1)) - found).abs().max() > 0.1  # colours are told apart
-    content = (FOLDER / f"{NAME}.pt").read_bytes()
-    assert extractor.digest == hashlib.sha256(content).hexdigest()[:8] == "b891c548"
-    assert extractor.name == NAME and len(content) < 700_000
-
-
-@pytest.mark.parametrize(
-    "images",
-    [
-        torch.zeros(2, 3, 32, 32),
-        torch.zeros(2, 1, 32, 32, dtype=torch.uint8),
-        torch.zeros(2, 32, 32, 3, dtype=torch.uint8),
-        torch.zeros(2, 3, 28, 28, dtype=torch.uint8),
-    ],
-)
-def test_other_images_are_refused(extractor: Extractor, images: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"takes uint8 images \(B, 3, 32, 32\), got"):
-        extractor(images)
 
 
 @there
@@ -117,7 +90,7 @@ def test_fid_rises_with_noise_blur_tint_and_ghosts(
 ) -> None:
     rows = some(split, MANY)
     floor = fid(seen[0][rows], seen[1])
-    x = to_float(train.tensor(split["held_out"][0][rows]))
+    x = to_float(planes(split["held_out"][0][rows]))
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(x.shape, generator=generator)
     smooth = functional.avg_pool2d(x, 3, 1, 1)
@@ -178,6 +151,9 @@ def test_training_command_reads_a_folder_and_writes_the_same_bytes_again(
 def test_training_command_tells_what_is_wrong(
     copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    shutil.rmtree(copy / "test" / "c")
+    assert train.main(["cifar10", "--root", str(copy)]) == 2
+    assert f"{copy}: train and test have other classes" in capsys.readouterr().err
     shutil.rmtree(copy / "test")
     assert train.main(["cifar10", "--root", str(copy)]) == 2
     assert str(copy) in capsys.readouterr().err

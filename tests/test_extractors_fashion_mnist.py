@@ -14,8 +14,8 @@ from torch.nn import functional
 from study import data
 from study.data import to_float, to_uint8
 from study.errors import StudyError
-from study.extractors import fashion_mnist, train
-from study.extractors.load import EXTRACTORS, FOLDER, Extractor, load
+from study.extractors import splits, train
+from study.extractors.load import EXTRACTORS, Extractor, load
 from study.fashion_mnist import DEBIAN, FILES
 from study.subjects import FashionMnist
 
@@ -53,7 +53,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def split() -> Split:
-    return fashion_mnist.split(DEBIAN)
+    return splits.of_fashion_mnist(DEBIAN)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def rows(images: np.ndarray) -> list[bytes]:
 
 
 def test_split_of_made_files_is_a_stratified_partition(made: Path) -> None:
-    parts = fashion_mnist.split(made)
+    parts = splits.of_fashion_mnist(made)
     counts = {name: np.bincount(labels).tolist() for name, (_, labels) in parts.items()}
     assert counts["extractor"] == [n // 6 for n in CLASSES]
     assert counts["train"] == [n - n // 6 for n in CLASSES]
@@ -87,7 +87,7 @@ def test_split_of_made_files_is_a_stratified_partition(made: Path) -> None:
 
 
 def test_a_study_trains_on_the_splits_train_part(made: Path) -> None:
-    parts, loaded = fashion_mnist.split(made), data.load(FashionMnist(root=str(made)))
+    parts, loaded = splits.of_fashion_mnist(made), data.load(FashionMnist(root=str(made)))
     assert torch.equal(loaded.train, as_tensor(parts["train"][0]))
     assert torch.equal(loaded.held_out, as_tensor(parts["held_out"][0]))
     assert loaded.train.shape == (100, 1, 28, 28)
@@ -96,7 +96,7 @@ def test_a_study_trains_on_the_splits_train_part(made: Path) -> None:
 def test_a_torn_file_is_refused(made: Path, tmp_path: Path) -> None:
     for file in made.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes()[:-1])
-    for read in (fashion_mnist.split, lambda root: data.load(FashionMnist(root=str(root)))):
+    for read in (splits.of_fashion_mnist, lambda root: data.load(FashionMnist(root=str(root)))):
         with pytest.raises(StudyError, match="train-images.*the header says"):
             read(tmp_path)
 
@@ -111,31 +111,6 @@ def test_split_of_the_published_files_is_the_one_the_weights_were_trained_on(spl
         assert np.bincount(labels).tolist() == [SIZES[name] // 10] * 10
         digest.update(images.tobytes() + labels.tobytes())
     assert digest.hexdigest()[:16] == "eb7785cb0efb1afb"
-
-
-def test_features_and_digest(extractor: Extractor, made: Path) -> None:
-    images = as_tensor(fashion_mnist.split(made)["train"][0])
-    features = extractor(images)
-    assert features.shape == (100, 64) and features.dtype == torch.float32
-    assert not features.requires_grad
-    assert extractor.classes(images).shape == (100, 10)
-    torch.testing.assert_close(extractor(images[:7]), features[:7])
-    content = (FOLDER / f"{NAME}.pt").read_bytes()
-    assert extractor.digest == hashlib.sha256(content).hexdigest()[:8] == "f0792c2e"
-    assert extractor.name == NAME and len(content) < 2_000_000
-
-
-@pytest.mark.parametrize(
-    "images",
-    [
-        torch.zeros(2, 1, 28, 28),
-        torch.zeros(2, 28, 28, dtype=torch.uint8),
-        torch.zeros(2, 1, 8, 8, dtype=torch.uint8),
-    ],
-)
-def test_other_images_are_refused(extractor: Extractor, images: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"takes uint8 images \(B, 1, 28, 28\), got"):
-        extractor(images)
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +177,7 @@ def test_training_command_writes_the_same_bytes_again(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = train.RECIPES["fashion_mnist"]._replace(
-        split=partial(fashion_mnist.split, made), steps=3
+        split=partial(splits.of_fashion_mnist, made), steps=3
     )
     monkeypatch.setitem(train.RECIPES, "fashion_mnist", recipe)
     monkeypatch.setattr(train, "FOLDER", tmp_path)
@@ -220,7 +195,8 @@ def test_training_command_tells_what_is_wrong_with_the_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "train-images-idx3-ubyte").write_bytes(b"torn")
-    recipe = train.RECIPES["fashion_mnist"]._replace(split=partial(fashion_mnist.split, tmp_path))
+    torn = partial(splits.of_fashion_mnist, tmp_path)
+    recipe = train.RECIPES["fashion_mnist"]._replace(split=torn)
     monkeypatch.setitem(train.RECIPES, "fashion_mnist", recipe)
     monkeypatch.setattr(train, "FOLDER", tmp_path / "none")
     assert train.main(["fashion_mnist"]) == 2

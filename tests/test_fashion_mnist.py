@@ -214,7 +214,8 @@ BOMB = struct.pack(">BBBBIII", 0, 0, 8, 3, 1, 28, 28) + bytes(50_000_000)
         (GOOD[:4] + struct.pack(">III", 0, 28, 28), "found shape 0 x 28 x 28"),
         (GOOD[:-1], "found 2351 bytes of data; the header says 2352"),
         (GOOD + b"\0", "found more than the 2352 bytes"),
-        (GOOD[:4] + struct.pack(">III", 2**32 - 1, 28, 28) + GOOD[16:], "cannot hold"),
+        (GOOD[:4] + struct.pack(">III", 2**32 - 1, 28, 28) + GOOD[16:],
+         "found 2352 bytes of data; the header says 3367254359280"),
         (BOMB, "found more than the 784 bytes"),
     ],
 )

@@ -141,12 +141,10 @@ def png(value: int, kind: str = "PNG") -> bytes:
     return file.getvalue()
 
 
-def images_of_kinds(labels: bool = False) -> dict[str, bytes]:
-    """Members of an archive of images, with a table of labels or without."""
-    images = {"train/a/0.png": png(0), "train/b/1.jpg": png(9, "JPEG"),
-              "test/a/0.bmp": png(3, "BMP"), "test/b/0.png": png(5)}  # fmt: skip
-    table = {"labels": [[name, 1] for name in images]}
-    return images | ({"dataset.json": json.dumps(table).encode()} if labels else {})
+def images_of_kinds() -> dict[str, bytes]:
+    """Members of an archive of images."""
+    return {"train/a/0.png": png(0), "train/b/1.jpg": png(9, "JPEG"),
+            "test/a/0.bmp": png(3, "BMP"), "test/b/0.png": png(5)}  # fmt: skip
 
 
 def tarred(data: bytes) -> bytes:
@@ -190,8 +188,7 @@ def kinds() -> dict[str, tuple[st.SearchStrategy, Callable[[Path, bytes], object
         pickled = published.snapshot(Path(place, "edm.pkl"), TENSORS).read_bytes()
     state, snapshot = saved(TENSORS), saved({"raw": TENSORS, "ema": {"0.05": TENSORS}})
     idx = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in (2, 28, 28)) + bytes(1568)
-    plain, images = images_of_kinds(), images_of_kinds(labels=True)
-    deflated = zipfile.ZIP_DEFLATED
+    plain, deflated = images_of_kinds(), zipfile.ZIP_DEFLATED
 
     def gz(path: Path, data: bytes) -> object:
         return fashion_mnist.read_idx(written(path.with_suffix(".gz"), data), (28, 28))
@@ -222,7 +219,6 @@ def kinds() -> dict[str, tuple[st.SearchStrategy, Callable[[Path, bytes], object
         "IDX, gzipped, inside": (damaged(idx).map(gzip.compress), gz),
         "images": (damaged(zipped(plain, deflated)), read_images),
         "images, one of them": (one_of(plain, deflated), read_images),
-        "images with labels, one of them": (one_of(images), read_images),
         "cached images": (damaged(npz()), lambda p, d: folder._cached(written(p, d), 3)),
         "cached images, inside": (
             one_of(members(npz())), lambda p, d: folder._cached(written(p, d), 3)),
@@ -286,7 +282,7 @@ def finished(base: Path) -> Path:
     ct = next(r for r in store.study.runs if r.recipe.name == "ct")
     timed = {"step": forecast.step_key(ct), "seconds_per_image": 1e-3,
              "first_update_seconds": 1.0, "measuring_seconds": None}  # fmt: skip
-    bench = {"device": "cpu", "code": "x", "recipes": {"small/ct": timed}}
+    bench = {"device": "cpu", "torch": "2", "code": "x", "recipes": {"small/ct": timed}}
     write_json(store.path / forecast.BENCH, bench)
     return path
 
@@ -385,7 +381,6 @@ def test_every_file_is_read_before_it_is_damaged(base: Path) -> None:
     """Otherwise nothing would be tried but the first refusal."""
     assert len(interop.read(published.snapshot(base / "work" / "e.pkl", TENSORS)).tensors) == 3
     assert len(cifar(base / "work" / "file", gzip.compress(tarred(BATCH)))["test"][1]) == 2
-    for members in (images_of_kinds(), images_of_kinds(labels=True)):
-        (base / "work" / "i.zip").write_bytes(zipped(members))
-        assert len(folder.load(base / "work" / "i.zip", None)["train"][0]) == 2
+    (base / "work" / "i.zip").write_bytes(zipped(images_of_kinds()))
+    assert len(folder.load(base / "work" / "i.zip", None)["train"][0]) == 2
     assert all(read_yaml(s.read_text(), s.name) for s in SWEEPS)

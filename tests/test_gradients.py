@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from study import data, factors, gradients, networks, replicates
+from study import data, factors, networks, replicates
 from study.data import Batch, Dataset
 from study.factors import (
     L1,
@@ -36,7 +37,7 @@ from study.factors import (
     UniformGrid,
     Windowed,
 )
-from study.gradients import gradient_cosine, gradient_noise, gradient_slopes
+from study.gradients import Probe, gradient_cosine, gradient_noise, gradient_slopes
 from study.losses import Problem
 from study.networks import dropout
 from study.posterior import law_of
@@ -87,12 +88,21 @@ def changed(p: Problem, **changes: object) -> Problem:
     return replace(p, factors=msgspec.structs.replace(p.factors, **changes))
 
 
-def noise(
-    p: Problem, dataset: Dataset, levels: list[float], seed: int = 0, **changes: object
-) -> dict:
-    settings = {"N": N, "progress": 1.0, "batches": 16, "rows": 1000, "second_moment": None}
+def probe(p: Problem, dataset: Dataset, seed: int = 0, **changes: object) -> Probe:
+    settings = {"N": N, "progress": 1.0, "batches": 16, "rows": 1000}
     generator = torch.Generator().manual_seed(seed)
-    return gradient_noise(p, dataset, levels=levels, generator=generator, **settings | changes)
+    return Probe(p, dataset, generator=generator, **settings | changes)
+
+
+def noise(
+    p: Problem,
+    dataset: Dataset,
+    levels: list[float],
+    seed: int = 0,
+    second_moment: dict[str, Tensor] | None = None,
+    **changes: object,
+) -> dict:
+    return gradient_noise(probe(p, dataset, seed, **changes), levels, second_moment)
 
 
 def network(mixture: Mixture, width: int = 32, drop: float = 0.0, head: bool = False) -> nn.Module:
@@ -302,7 +312,7 @@ def test_the_probe_is_unbiased_and_its_jackknife_calibrated() -> None:
     """Many small probes: their mean is the truth, their spread what one of them claims."""
     p, dataset = problem(Affine())
     found = [noise(p, dataset, [1.5], seed, batches=16, rows=32) for seed in range(100)]
-    (pair,) = gradients._pairs(p, N, [1.5])
+    (pair,) = probe(p, dataset).pairs([1.5])
     cases = (
         (closed(*pair), [levels_of(f)[0] for f in found]),
         (by_law(), [f["law"] for f in found]),
@@ -323,9 +333,9 @@ def test_pairs_are_those_of_training() -> None:
     p, dataset = problem(Affine())
     pairs = grid_pairs()
     asked = [0.01, pairs[2][1] * 1.05, pairs[2][1] * 0.95, 99.0]
-    assert gradients._pairs(p, N, asked) == [pairs[0], pairs[2], pairs[-1]]
+    assert probe(p, dataset).pairs(asked) == [pairs[0], pairs[2], pairs[-1]]
     p, _ = problem(Affine(), discretization=EctMapping(q=4.0, k=0.0))
-    (r, t), *_ = gradients._pairs(p, 4.0, [2.0])
+    (r, t), *_ = probe(p, dataset, N=4.0).pairs([2.0])
     assert (r, t) == pytest.approx((1.5, 2.0))  # t (1 - 1 / q)
     p, _ = problem(network(GAUSS), objective=Continuous())
     result = noise(p, dataset, [0.3, 2.0], rows=20, batches=4)
@@ -344,10 +354,10 @@ def test_a_ratio_to_nothing_is_none() -> None:
 # --- cosine ---
 
 
-def cosine(p: Problem, dataset: Dataset, *scores: Score, **changes: object) -> dict:
-    settings = {"N": N, "progress": 1.0, "batches": 16, "rows": 1000, "levels": [1.5]}
-    generator = torch.Generator().manual_seed(0)
-    return gradient_cosine(p, *scores, dataset, generator=generator, **settings | changes)
+def cosine(
+    p: Problem, dataset: Dataset, *scores: Score, levels: Sequence[float] = (1.5,), **changes: int
+) -> dict:
+    return gradient_cosine(probe(p, dataset, **changes), *scores, levels)
 
 
 def test_cosine_of_two_scores_in_closed_form() -> None:
@@ -395,10 +405,10 @@ def test_cosine_under_heavy_noise_where_the_naive_ones_are_far_off() -> None:
     assert result["cosine"] == result["sigma"] == []
     assert abs(result["value"] - COSINE) < 4 * result["law"]["cosine_se"] < 0.2
 
-    drawn = list(gradients.drawn_batches(dataset, 16, 4, torch.Generator().manual_seed(1)))
-    sides = [p, changed(p, score=Analytic())]
-    a, b = (torch.stack([gradients.gradient_of(side, batch, (batch.u, batch.u), 1.0)[0]
-                         for batch in drawn]) for side in sides)  # fmt: skip
+    own = probe(p, dataset, seed=1, rows=4)
+    drawn, sides = list(own.drawn()), [own, own.under(score=Analytic())]
+    a, b = (torch.stack([side.gradient(batch, (batch.u, batch.u))[0] for batch in drawn])
+            for side in sides)  # fmt: skip
     same = torch.cosine_similarity(a.mean(0), b.mean(0), dim=0)
     apart = torch.cosine_similarity(a[:8].mean(0), b[8:].mean(0), dim=0)
     assert same > 0.94 and apart < 0.3
@@ -422,10 +432,8 @@ FINE = Sigma(min=0.05, max=3.0, data=1.0)
 def slopes(
     p: Problem, dataset: Dataset, Ns: tuple[int, ...] = (10, 20, 40), **changes: object
 ) -> dict:
-    settings = {"progress": 1.0, "batches": 16, "rows": 4000}
-    generator = torch.Generator().manual_seed(0)
-    return gradient_slopes(p, SingleSample(), Analytic(), dataset, Ns, generator=generator,
-                           **settings | changes)  # fmt: skip
+    own = probe(p, dataset, **{"rows": 4000} | changes)
+    return gradient_slopes(own, SingleSample(), Analytic(), Ns)
 
 
 def test_under_l2_the_gradients_meet_like_one_over_N_and_the_losses_never() -> None:

@@ -63,8 +63,12 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = OrderedDict()
     for name, x in shapes.items():
         drawn = torch.randn(x.shape, generator=generator)
-        scaled = x.ndim > 1 and drawn * math.sqrt(2 / x[0].numel())
-        state[name] = scaled if x.ndim > 1 else torch.zeros_like(x) if "fc" in name else x
+        if x.ndim > 1:
+            state[name] = drawn * math.sqrt(2 / x[0].numel())
+        elif name.endswith(("bn.weight", "bn.running_var")):
+            state[name] = 1 + 0.2 * drawn.tanh()
+        else:
+            state[name] = 0.1 * drawn if ".bn." in name and x.ndim else torch.zeros_like(x)
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
     torch.save(state, path)
     return path

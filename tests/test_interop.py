@@ -12,8 +12,10 @@ import resource
 import struct
 import zipfile
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import published
 import pytest
@@ -89,14 +91,16 @@ def test_a_state_dict_and_a_snapshot_are_read(tmp_path: Path) -> None:
     torch.save({"raw": sets[0], "ema": {"0.05": sets[1], "0.1": sets[2]}}, tmp_path / "1.000.pt")
     for ema, expected in ((None, sets[1]), ("0.1", sets[2]), ("raw", sets[0])):
         assert same(interop.read(tmp_path / "1.000.pt", ema).tensors, expected)
-    with pytest.raises(StudyError, match="no ema 0.2; allowed: 0.05, 0.1, raw"):
+    with pytest.raises(StudyError, match="ema 0.2: no such average; allowed: 0.05, 0.1, raw"):
         interop.read(tmp_path / "1.000.pt", "0.2")
 
 
 def test_safetensors_go_out_and_come_back(tmp_path: Path) -> None:
     path, sigma = tmp_path / "net.safetensors", Sigma(min=0.01, max=50.0, data=0.7512345678901)
     about = {"kind": "unet", "width": 8}
-    interop.write(path, tensors(), about, "consistency", sigma, (1, 8, 8), "bfloat16")
+    levels = msgspec.to_builtins(sigma)
+    interop.write(interop.Outside(path, tensors(), about, "consistency", levels, (1, 8, 8),
+                                  "bfloat16"))  # fmt: skip
     found = interop.read(path)
     assert same(found.tensors, tensors()) and found.network == about
     assert found.sigma["data"] == sigma.data and found.sigma["max"] == 50
@@ -451,13 +455,12 @@ def test_a_file_may_move_and_not_change(
 
     write(tmp_path, untrained(moved))
     weights = interop.read(moved)
-    changed = {k: w + 1 for k, w in weights.tensors.items()}
-    about = weights.network, weights.objective, Sigma(**weights.sigma), weights.shape, "float32"
+    changed = replace(weights, tensors={k: w + 1 for k, w in weights.tensors.items()})
     for measurement in (tmp_path / "results").glob("*/runs/edm-*/measures/*"):
         measurement.unlink()
     moved.unlink()
     assert run(path) == 0  # what it holds is in the run's snapshot
-    interop.write(moved, changed, *about)
+    interop.write(changed)
     for measurement in (tmp_path / "results").glob("*/runs/edm-*/measures/*"):
         measurement.unlink()
     capsys.readouterr()
@@ -480,8 +483,7 @@ def test_a_variant_added_later_begins_with_the_same_file(
     path = write(tmp_path, untrained(file))
     assert run(path) == 0
     weights = interop.read(file)
-    about = weights.network, weights.objective, Sigma(**weights.sigma), weights.shape, "float32"
-    interop.write(file, {k: w + 1 for k, w in weights.tensors.items()}, *about)
+    interop.write(replace(weights, tensors={k: w + 1 for k, w in weights.tensors.items()}))
     more = ["--set", "variants.late={score: single_sample, init: {run: edm}}"]
     late = ["--set", f"variants.late={{score: single_sample, init: {{weights: {file}}}}}"]
     assert run(path, *more, "--only", "late-*") == 2  # by way of its source

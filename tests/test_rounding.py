@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from studies import TWO_MODES, read, replaced
 from torch import Tensor, nn
 
-from study import data, gradients, instruments, worker
+from study import data, instruments, worker
 from study.data import Batch, Dataset
 from study.errors import StudyError
 from study.factors import (
@@ -30,6 +31,7 @@ from study.factors import (
     Sigma,
     UniformGrid,
 )
+from study.gradients import Probe
 from study.losses import Problem
 from study.models import head_denoiser, in_float32
 from study.networks import Network, build
@@ -42,7 +44,6 @@ from study.subjects import Digits, Mixture, Mlp, Unet
 S, N, D = 0.5, 8, 3
 SIGMA = Sigma(min=0.1, max=5.0, data=S)
 VECTORS = Mixture(means=((-1.0, 0.5, 0.0), (1.0, 0.0, 0.5)), std=0.3, samples=40, held_out=8)
-PLAIN = {"N": N, "progress": 1.0, "rows": 32, "batches": 6, "levels": [1.5]}
 
 
 class Line(Network):
@@ -65,10 +66,15 @@ def problem(net: nn.Module, **changes: object) -> tuple[Problem, Dataset]:
     return Problem(f, SIGMA, net, Knowledge(law_of(dataset), dataset.density)), dataset
 
 
-def rounding(p: Problem, exact: Problem, dataset: Dataset, seed: int = 0, **changes: object
-             ) -> dict:  # fmt: skip
-    generator = torch.Generator().manual_seed(seed)
-    return gradient_rounding(p, exact, dataset, generator=generator, **PLAIN | changes)
+def probe(p: Problem, dataset: Dataset, seed: int = 0, **changes: int) -> Probe:
+    settings = {"N": N, "progress": 1.0, "rows": 32, "batches": 6}
+    return Probe(p, dataset, generator=torch.Generator().manual_seed(seed), **settings | changes)
+
+
+def rounding(
+    p: Problem, exact: Problem, dataset: Dataset, levels: Sequence[float] = (1.5,), **changes: int
+) -> dict:
+    return gradient_rounding(probe(p, dataset, **changes), exact, levels)
 
 
 def bfloat16(x: np.ndarray) -> np.ndarray:
@@ -101,7 +107,7 @@ def test_errors_of_bfloat16_are_those_of_products_rounded_by_hand() -> None:
     p, dataset = problem(net)
     result = rounding(p, in_float32(p), dataset)
     r, t = result["r"][0], result["sigma"][0]
-    drawn = gradients.drawn_batches(dataset, 6, 32, torch.Generator().manual_seed(0))
+    drawn = probe(p, dataset).drawn()
     W = net.out.weight.detach().numpy().astype(np.float64)
     both = [[by_hand(W, batch, r, t, half) for half in (True, False)] for batch in drawn]
     g, h = (np.stack([pair[i][0].ravel() for pair in both]) for i in (0, 1))
@@ -135,7 +141,7 @@ def test_the_smaller_the_step_the_more_of_it_is_rounding() -> None:
     few, many = (rounding(p, in_float32(p), dataset, N=n) for n in (8, 128))
     assert many["residual_error"][0] > 8 * few["residual_error"][0]
     W = p.net.out.weight.detach().numpy().astype(np.float64)
-    drawn = gradients.drawn_batches(dataset, 6, 32, torch.Generator().manual_seed(0))
+    drawn = probe(p, dataset).drawn()
     far = [by_hand(W, batch, few["r"][0], few["sigma"][0], False)[1] for batch in drawn]
     rms = math.sqrt(np.square(far).sum(-1).mean())
     assert few["step_over_c"][0] == pytest.approx(rms / (0.03 * math.sqrt(D)), rel=1e-5)
@@ -181,7 +187,7 @@ def noisy(seed: int) -> dict[str, float]:
     exact = Noisy(p.factors, p.sigma, p.net, p.known)
     dataset = Dataset(x, x, (DIRECTIONS,), 1.0, "")
     changes = {"levels": [], "rows": 4, "batches": 12}
-    return rounding(replace(exact, rough=True), exact, dataset, seed, **changes)["law"]
+    return rounding(replace(exact, rough=True), exact, dataset, seed=seed, **changes)["law"]
 
 
 def test_noise_does_not_pass_for_bias_and_the_jackknife_is_calibrated() -> None:
@@ -265,11 +271,12 @@ def test_variants_in_half_precision_are_measured_and_no_others(tmp_path: Path) -
     p, _ = instruments.problem_at(half, study.unique, store.folders.get, dataset,
                                   torch.device("cpu"), 1.0, {})  # fmt: skip
     exact = in_float32(p)
-    (batch,) = gradients.drawn_batches(dataset, 1, 8, torch.Generator().manual_seed(0))
+    sides = [probe(q, dataset, rows=8, batches=1) for q in (p, exact)]
+    (batch,) = sides[0].drawn()
     at = p.levels(batch, N)
     (one,), (other,) = (q.known.teachers.values() for q in (p, exact))
     assert one is other
-    rounded, true = (gradients.steps(q, batch, at, 1.0) for q in (p, exact))
+    rounded, true = (side.steps(batch, at) for side in sides)
     assert not torch.equal(rounded, true)
 
 

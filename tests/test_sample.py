@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -123,7 +124,7 @@ def test_a_folder_of_images(folders: dict[str, Path], tmp_path: Path) -> None:
     ("ct-digits --count 0", "--count 0: a whole number from 1"),
     ("ct-digits --seed -1", "--seed -1"),
     ("ct-digits --at 0.25", "--at 0.25: no such snapshot; did you mean '0.5'"),
-    ("ct-digits --ema 0.2", "--ema 0.2: no such average"),
+    ("ct-digits --ema 0.2", "ema 0.2: no such average"),
     ("ct-digits --out TMP/x.jpg", "a .png, a .npy or a folder"),
     ("ct-digits --out TMP/no/x.png", "no folder"),
     ("ct-digits --export TMP/x.pt", "ends in .safetensors"),
@@ -166,11 +167,11 @@ def test_a_file_says_what_its_weights_are_of(
     assert "a .npy expected" in capsys.readouterr().err
     assert main([str(file), "--out", str(tmp_path / "x.npy")]) == 0
     assert np.load(tmp_path / "x.npy").shape == (2048, 2)
-    found, model = interop.read(file), load(file, 1.0, None)
+    found = interop.read(file)
     refused = [({"kind": "nothing"}, (2,), "is unknown here"),
                (found.network, (1, 2, 10**9), "(C, S, S) up to 1024"),
                (found.network, (3,), "inp.weight (16, 2), here (16, 3)")]  # fmt: skip
     for network, shape, said in refused:
-        interop.write(file, found.tensors, network, found.objective, model.sigma, shape, "float32")
+        interop.write(replace(found, network=network, shape=shape))
         assert main([str(file), "--out", str(tmp_path / "y.npy")]) == 2
         assert said in capsys.readouterr().err and not (tmp_path / "y.npy").exists()

@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 from scipy import stats
 from studies import read, replaced
 from torch import Tensor, nn
+from tweedie import covariance
 
 from study import factors, networks, scores, subjects
 from study.data import Batch
@@ -86,7 +87,7 @@ def test_single_sample_is_unbiased_with_the_posteriors_covariance(t: float) -> N
     x_t = x + t * torch.randn(x.shape, generator=generator, dtype=x.dtype)
     at = Point(x, x_t, torch.full((n,), t), KEY)
     D_hat = estimate(factors.SingleSample(), Knowledge(), at)
-    error, expected = D_hat - mixture.denoiser(x_t, t), mixture.posterior_covariance(x_t, t)
+    error, expected = D_hat - mixture.denoiser(x_t, t), covariance(mixture, x_t, t)
     products = torch.einsum("bi,bj->bij", error, error) - expected
     for h in (torch.ones(n), x_t[:, 0], x_t[:, 1].square(), (x_t[:, 0] > 0.5).double()):
         for rows in (error * h[:, None], products.flatten(1) * h[:, None]):
@@ -181,7 +182,7 @@ def test_blend_of_a_noised_image_has_the_same_moments(t: float, residual: str) -
     D_hat = estimate(score, Knowledge(law=PLANE, teachers={"edm": phi}), at)
     error = D_hat - (0.6 * phi(x_t, at.t) + 0.4 * PLANE.denoiser(x_t, t))
     products = torch.einsum("bi,bj->bij", error, error)
-    products = products - 0.64 * PLANE.posterior_covariance(x_t, t)
+    products = products - 0.64 * covariance(PLANE, x_t, t)
     for h in (torch.ones(n), x_t[:, 0], x_t[:, 1].square(), (x_t[:, 0] > 0.5).double()):
         near(error * h[:, None], 0)
         near(products * h[:, None, None], 0)

@@ -18,8 +18,10 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch_fidelity.feature_extractor_inceptionv3 import (
     URL_INCEPTION_V3,
+    BasicConv2d,
     FeatureExtractorInceptionV3,
 )
 
@@ -31,12 +33,39 @@ FEATURES = 2048
 ON_CPU = 64  # images per pass there, some 0.5 GB
 
 
+class Folded(nn.Module):
+    """A convolution with the batch norm after it folded into its weights, and ReLU: on a GPU one
+    kernel for three, which is a tenth of the time."""
+
+    def __init__(self, block: BasicConv2d) -> None:
+        super().__init__()
+        self.conv = fuse_conv_bn_eval(block.conv, block.bn)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, out, H', W')."""
+        if not x.is_cuda:
+            return self.conv(x).relu_()
+        c = self.conv
+        settings = c.stride, c.padding, c.dilation, c.groups
+        return torch.cudnn_convolution_relu(x, c.weight, c.bias, *settings)
+
+
+def fold(network: nn.Module) -> None:
+    """Folds all batch norms of the network into its convolutions."""
+    for name, child in network.named_children():
+        if isinstance(child, BasicConv2d):
+            setattr(network, name, Folded(child))
+        else:
+            fold(child)
+
+
 class Inception(nn.Module):
     """InceptionV3 in eval mode that takes uint8 images; `digest` names its weights."""
 
     def __init__(self, network: FeatureExtractorInceptionV3, digest: str) -> None:
         super().__init__()
         self.name, self.digest, self.network = INCEPTION, digest, network
+        fold(network)
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (B, 2048), float32, of uint8 images (B, 1 or 3, H, W).

@@ -6,17 +6,13 @@ arXiv 1706.08500). A number measured with one extractor means nothing beside ano
 digest of the weights belongs to the measurement's name.
 """
 
-import hashlib
-import io
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from study.errors import StudyError
-
-FOLDER = Path(__file__).parent
+from study.data import to_float
+from study.extractors.names import FOLDER
 
 
 class Shape(NamedTuple):
@@ -71,12 +67,11 @@ EXTRACTORS = {
 
 
 class Extractor(nn.Module):
-    """A trained SmallCNN in eval mode that takes uint8 images; `digest` names its weights."""
+    """A trained SmallCNN in eval mode that takes uint8 images."""
 
-    def __init__(self, name: str, shape: Shape, network: SmallCNN, digest: str) -> None:
+    def __init__(self, name: str, network: SmallCNN) -> None:
         super().__init__()
-        self.name, self.shape, self.digest = name, shape, digest
-        self.network = network
+        self.name, self.network = name, network
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -85,13 +80,13 @@ class Extractor(nn.Module):
         Raises ValueError for another dtype or shape: features of images in the wrong range look
         plausible and are worthless.
         """
-        expected = self.shape.image
+        expected = EXTRACTORS[self.name].image
         if images.dtype != torch.uint8 or tuple(images.shape[1:]) != expected:
             raise ValueError(
                 f"{self.name} takes uint8 images (B, {', '.join(map(str, expected))}), "
                 f"got {images.dtype} {tuple(images.shape)}"
             )
-        return self.network(images.float() / 127.5 - 1)
+        return self.network(to_float(images))
 
     def classes(self, images: Tensor) -> Tensor:
         """Class logits (B, classes) of uint8 images, for histograms of what was generated."""
@@ -99,15 +94,7 @@ class Extractor(nn.Module):
 
 
 def load(name: str) -> Extractor:
-    """Load an extractor that ships with the package, on the CPU.
-
-    `digest` is the first 8 hexadecimal digits of the SHA-256 of its file. Raises StudyError for an
-    unknown name, listing the known ones.
-    """
-    if name not in EXTRACTORS:
-        raise StudyError(f"extractor {name!r} is not known; allowed: {', '.join(EXTRACTORS)}")
-    content = (FOLDER / f"{name}.pt").read_bytes()
+    """One of the EXTRACTORS, which ship with the package, on the CPU."""
     network = SmallCNN(EXTRACTORS[name])
-    network.load_state_dict(torch.load(io.BytesIO(content), weights_only=True))
-    digest = hashlib.sha256(content).hexdigest()[:8]
-    return Extractor(name, EXTRACTORS[name], network, digest)
+    network.load_state_dict(torch.load(FOLDER / f"{name}.pt", weights_only=True))
+    return Extractor(name, network)

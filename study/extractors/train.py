@@ -13,7 +13,6 @@ images, train/CLASS and test/CLASS.
 import argparse
 import io
 import math
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,9 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from study.data import planes, to_float
 from study.errors import StudyError
-from study.extractors import cifar10, digits, fashion_mnist
-from study.extractors.load import EXTRACTORS, FOLDER, Shape, SmallCNN
+from study.extractors import splits
+from study.extractors.load import EXTRACTORS, Shape, SmallCNN
+from study.extractors.names import FOLDER
+from study.store import write_bytes
 
 SEED = 0
 BATCH = 100
@@ -54,10 +56,10 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-    "digits": Recipe(digits.split, steps=2000, shift=0.2),
+    "digits": Recipe(splits.of_digits, steps=2000, shift=0.2),
     # Garments fill the frame: a shift by more than a pixel or two cuts off sleeves and soles.
-    "fashion_mnist": Recipe(fashion_mnist.split, steps=6000, shift=0.1),
-    "cifar10": Recipe(cifar10.split_any, steps=7000, shift=0.15, photos=True),
+    "fashion_mnist": Recipe(splits.of_fashion_mnist, steps=6000, shift=0.1),
+    "cifar10": Recipe(splits.of_cifar10_or_folder, steps=7000, shift=0.15, photos=True),
 }
 
 
@@ -70,7 +72,7 @@ def train(images: np.ndarray, labels: np.ndarray, shape: Shape, recipe: Recipe) 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(SEED)
-    x = tensor(images).float() / 127.5 - 1
+    x = to_float(planes(images))
     y = torch.from_numpy(labels).long()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)  # initial weights and dropout take no generator
@@ -128,24 +130,16 @@ def augment(
 def classes(network: SmallCNN, images: np.ndarray) -> np.ndarray:
     """The likeliest class (n,) of each of the images (n, size, size) or (n, size, size, channels),
     uint8."""
-    chunks = tensor(images).split(CHUNK)
-    found = [network.head(network(x.float() / 127.5 - 1)).argmax(1) for x in chunks]
+    chunks = planes(images).split(CHUNK)
+    found = [network.head(network(to_float(x))).argmax(1) for x in chunks]
     return torch.cat(found).numpy()
 
 
-def tensor(images: np.ndarray) -> Tensor:
-    """Images (n, S, S) or (n, S, S, C) as (n, C, S, S)."""
-    images = images[..., None] if images.ndim == 3 else images
-    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-
-
 def write(network: SmallCNN, path: Path) -> None:
-    """Write the state_dict, by os.replace. The buffer keeps the file's name out of its bytes."""
+    """Write the state_dict, whole. The buffer keeps the file's name out of its bytes."""
     buffer = io.BytesIO()
     torch.save(network.state_dict(), buffer)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_bytes(buffer.getvalue())
-    os.replace(part, path)
+    write_bytes(path, buffer.getvalue())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
