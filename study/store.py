@@ -206,14 +206,12 @@ class Folder:
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.file("lock"))
         try:
-            lock.acquire(timeout=patience, poll_interval=0.05)
+            held = lock.acquire(timeout=patience, poll_interval=0.05)
         except Timeout:
             yield False
             return
-        try:
+        with held:
             yield True
-        finally:
-            lock.release()
 
     @property
     def locked(self) -> bool:
@@ -246,9 +244,8 @@ class Folder:
             found = read_json(self.file(f"measures/{measurement}"), Measured)
         except StudyError:  # it is made again
             return False
-        if found is None or found["id"] != run.id:
-            return False
-        return not foreign(self.trained or {}, measurement, found)
+        ours = found is not None and found["id"] == run.id
+        return ours and not foreign(self.trained or {}, measurement, found)
 
     def complete(self, run: Run, thorough: bool = False) -> bool:
         """Whether training has ended and everything asked of its snapshots is there."""
