@@ -9,7 +9,6 @@ import pandas as pd
 from analysis import stats, tables
 from analysis.identities import standing
 from analysis.load import Study
-from analysis.recipes import computed
 from analysis.words import ONE_NETWORK, interval, p_text, percent_text, several, signed
 
 BULLETS = 8  # more in a cell stand in the table alone
@@ -33,8 +32,8 @@ def answers(study: Study, table: pd.DataFrame) -> list[str]:
 
 def told(study: Study, row: pd.Series) -> str:
     """A comparison of the table in one sentence, led by what it stands on where that differs."""
-    fixed = {r["name"] for r in study.recipes if r["cell"] == row.cell and computed(r)}
-    text, on = sentence(row, bool({row.variant, row.baseline} & fixed)), standing(row)
+    fixed = {row.variant, row.baseline} & study.fixed(row.cell)
+    text, on = sentence(row, bool(fixed)), standing(row)
     return f"on {on}, {text}" if on else text
 
 

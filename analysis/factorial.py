@@ -14,8 +14,7 @@ so that CT minus CD is the sum of the first two. Above 0 is worse.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -34,19 +33,13 @@ COLUMNS = ("cell", "contrast", "teacher", "noisy", "exact", "single", *tables.EN
            "stands_on")
 
 
-@dataclass(frozen=True)
-class Corners:
+class Corners(NamedTuple):
     """Names of variants: the teacher's mean without noise and with it, the exact mean likewise."""
 
     teacher: str
     noisy: str
     exact: str
     single: str
-
-    @property
-    def names(self) -> tuple[str, str, str, str]:
-        """The four, in this order."""
-        return self.teacher, self.noisy, self.exact, self.single
 
 
 def contrasts(g: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
@@ -57,7 +50,7 @@ def contrasts(g: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
 def corners(study: Study, cell: str) -> list[Corners]:
     """Every complete 2 x 2 of a cell."""
     names = tables.variants(study, cell)
-    recipes = {r["name"]: r for r in study.recipes if r["cell"] == cell}
+    recipes = study.recipes_of(cell)
     trained = [n for n in names if not computed(recipes[n]) and "score" not in
                recipes[n]["ignored"]]
     found = []
@@ -97,7 +90,7 @@ def effects(study: Study) -> pd.DataFrame:
                 e = stats.paired(values.tolist())
                 ends = (e.effect, e.low, e.high)
                 percent = [stats.percent(x) if log else float("nan") for x in ends]
-                rows.append(endpoint | dict(zip(COLUMNS[2:6], square.names, strict=True)) | {
+                rows.append(endpoint | dict(zip(COLUMNS[2:6], square, strict=True)) | {
                     "cell": cell, "contrast": name, "stands_on": on,
                     "n": e.n, "sd": e.sd, "p": e.p,
                     **dict(zip(("effect", "low", "high"), ends, strict=True)),
@@ -112,13 +105,12 @@ def _blocks(study: Study, cell: str, endpoint: dict[str, Any], square: Corners
     """The seeds that all four corners have, their transformed values (seeds, 4), and what these
     stand on where there are others, which fewer seeds have."""
     rows = tables.select(study.measures[study.measures.cell == cell], endpoint)
-    gone = study.runs[study.runs.outcome == "diverged"]["id"]
-    rows = rows[rows.name.isin(square.names) & ~rows["id"].isin(gone)]
+    rows = study.lasting(rows[rows.name.isin(square)])
     best: tuple[list[int], NDArray[np.float64], str] = ([], np.empty((0, 4)), "")
     on = apart(rows.identity)
     for what, group in rows.groupby("identity", sort=False):  # only equal identities are compared
         wide = group.pivot(index="seed", columns="name", values="value")
-        wide = wide.reindex(columns=list(square.names)).sort_index()
+        wide = wide.reindex(columns=list(square)).sort_index()
         g = stats.transform(endpoint["metric"], wide.to_numpy(dtype=float, copy=True))
         whole = np.isfinite(g).all(axis=1)
         if whole.sum() > len(best[0]):

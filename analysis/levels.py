@@ -34,9 +34,8 @@ def rows_of(study: Study, cell: str, kind: str, last: bool = True) -> pd.DataFra
     at the last point only. Of several averages of the weights the first, of several settings those
     that most files have."""
     rows = study.instruments
-    gone = study.runs[study.runs.outcome == "diverged"]["id"]
-    rows = rows[(rows.kind == kind) & (rows.cell == cell) & ~rows["id"].isin(gone)
-                & rows.name.isin(tables.variants(study, cell))]
+    rows = study.lasting(rows[(rows.kind == kind) & (rows.cell == cell)
+                              & rows.name.isin(tables.variants(study, cell))])
     rows = rows[rows.ema.isin(rows.ema.iloc[:1])]
     if last and len(rows):
         rows = rows[rows["at"] == rows["at"].max()]

@@ -81,6 +81,18 @@ class Study:
         """What a sentence about one cell begins with: its name, where there are several."""
         return f"{cell}: " if len(self.cells) > 1 else ""
 
+    def recipes_of(self, cell: str) -> dict[str, dict[str, Any]]:
+        """A cell's recipes by name, in the order of the study file."""
+        return {r["name"]: r for r in self.recipes if r["cell"] == cell}
+
+    def fixed(self, cell: str) -> set[str]:
+        """The names of a cell's fixed points."""
+        return {n for n, r in self.recipes_of(cell).items() if computed(r)}
+
+    def lasting(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """The rows of runs that did not diverge."""
+        return rows[~rows["id"].isin(self.runs[self.runs.outcome == "diverged"]["id"])]
+
 
 def known(results: Path) -> list[str]:
     """Names of the studies under a results folder, sorted."""

@@ -24,7 +24,6 @@ from analysis import instruments, oracle, probes, shared, stats, tables, traject
 from analysis.files import REPORTED, WITH_FLOOR
 from analysis.identities import apart
 from analysis.load import Study
-from analysis.recipes import computed
 from analysis.style import GREY, PALE, STYLE, Drawn, capital, look, palette, save
 
 WIDE_TICKS = (-93.75, -87.5, -75, -50, 0, 100, 300, 700, 1500)  # percent: powers of two
@@ -175,13 +174,12 @@ def _effects(study: Study, table: pd.DataFrame, cell: str,
 def curve(axes: Axes, study: Study, cell: str, endpoint: dict[str, Any], colours: dict[str, Any]
           ) -> list[str]:
     """Metric against own + charged images; returns the ids of the runs drawn."""
-    every = {r["name"]: r for r in study.recipes if r["cell"] == cell}
-    names = [n for n in tables.variants(study, cell) if not computed(every[n])]
+    fixed = study.fixed(cell)
+    names = [n for n in tables.variants(study, cell) if n not in fixed]
     where = {k: v for k, v in endpoint.items() if k != "at"}
     rows = tables.select(study.measures[study.measures.cell == cell], where)
-    gone = study.runs[study.runs.outcome == "diverged"]["id"]
-    rows = rows[rows.name.isin(names) & ~rows["id"].isin(gone) & rows["value"].notna()
-                & rows.images_total.notna()]
+    rows = study.lasting(rows[rows.name.isin(names) & rows["value"].notna()
+                              & rows.images_total.notna()])
     if rows.empty:
         return []
     what = rows.identity.mode()[0]
@@ -247,8 +245,7 @@ def _curves(study: Study, table: pd.DataFrame, cell: str,
                           & study.measures.ema.isin([main["ema"], ""])
                           & ~study.measures.metric.isin(REPORTED)]
     rows = rows[rows.reference.isin([main["reference"], ""]) | (main["reference"] == "")]
-    fixed = study.runs[study.runs.objective == "fixed_point"]["id"]
-    rows = rows[~rows["id"].isin(fixed)]
+    rows = rows[~rows.name.isin(study.fixed(cell))]
     keys = rows.groupby(["metric", "nfe", "ema", "reference"], sort=False, dropna=False)
     ends = [dict(zip(keys.keys, key, strict=True)) for key, g in keys if g["at"].nunique() > 1]
     if not ends:

@@ -155,8 +155,7 @@ def map_error(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any])
     """Distance of each variant to the exact consistency map against sigma."""
     rows = study.map_errors[(study.map_errors.cell == cell)
                             & study.map_errors.name.isin(tables.variants(study, cell))]
-    gone = study.runs[study.runs.outcome == "diverged"]["id"]
-    rows = rows[(rows["at"] == rows["at"].max()) & ~rows["id"].isin(gone)]
+    rows = study.lasting(rows[rows["at"] == rows["at"].max()])
     rows = rows[rows.ema.isin(rows.ema.iloc[:1])]
     if rows.empty:
         return None

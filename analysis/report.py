@@ -22,7 +22,6 @@ from analysis.document import Block, Figure, Items, Link, Section, Table, Text, 
 from analysis.files import WITH_FLOOR
 from analysis.identities import standing
 from analysis.load import Study
-from analysis.recipes import computed
 from analysis.shared import owed
 from analysis.style import capital
 from study.bounded import check_entries
@@ -174,8 +173,7 @@ def _comparisons(study: Study, table: pd.DataFrame, mismatches: list[ledger.Mism
                            "claim that A is worse is refuted: the 95 % upper bound lies below the "
                            "margin. Holm's adjustment over all but the primary guards "
                            '"supported" only.')
-        fixed = {r["name"] for r in study.recipes if r["cell"] == cell and computed(r)}
-        if (rows.variant.isin(fixed) | rows.baseline.isin(fixed)).any():
+        if rows[["variant", "baseline"]].isin(study.fixed(cell)).any(axis=None):
             caption.append("Against a fixed point, which is computed without training, what is "
                            "left is the network's own error.")
         if (rows.equal_variances_p < 0.05).any():

@@ -194,9 +194,8 @@ def samples(study: Study, cell: str) -> list[Block]:
 def _last(study: Study, cell: str, kind: str) -> pd.DataFrame:
     """The values at the end, of variants once each and of sources."""
     rows = study.instruments[(study.instruments.kind == kind) & (study.instruments.cell == cell)]
-    gone = study.runs[study.runs.outcome == "diverged"]["id"]
     names = [*tables.variants(study, cell), *rows[rows.role == "source"].name.unique()]
-    rows = rows[rows.name.isin(names) & ~rows["id"].isin(gone)]
+    rows = study.lasting(rows[rows.name.isin(names)])
     return rows[rows["at"] == rows["at"].max()]
 
 

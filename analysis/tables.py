@@ -158,7 +158,7 @@ def pairs(study: Study, cell: str) -> list[Pair]:
     the variants that it is the end of and with no other; where the primary has one too, these are
     secondary, elsewhere they are not tested."""
     kept, names = _names(study, cell), variants(study, cell)
-    recipes = {r["name"]: r for r in study.recipes if r["cell"] == cell}
+    recipes = study.recipes_of(cell)
     primary = study.primaries.get(cell, {})
     sides = (primary.get("variant"), primary.get("against"))
     made: dict[frozenset[str], Pair] = {}
@@ -208,8 +208,7 @@ def comparisons(study: Study) -> pd.DataFrame:
         ids = runs.pivot(index="seed", columns="name", values="id")
         diverged = {(r.name, r.seed) for r in
                     runs[runs.outcome == "diverged"][["name", "seed"]].itertuples(index=False)}
-        fixed = {r["name"] for r in study.recipes if r["cell"] == cell and computed(r)}
-        one = shared.networks(study, cell)
+        fixed, one = study.fixed(cell), shared.networks(study, cell)
         groups = [(dict(zip(ENDPOINT, key[:-1], strict=True)), key[-1], group) for key, group
                   in frame.groupby([*ENDPOINT, "identity"], sort=False, dropna=False)]
         if endpoint and not len(select(frame, endpoint)):
@@ -316,8 +315,7 @@ def summary(study: Study, cell: str, role: str) -> pd.DataFrame:
     the study's first EMA. Diverged runs are left out.
     """
     rows = study.measures[(study.measures.cell == cell) & (study.measures.role == role)]
-    gone = study.runs[study.runs.outcome == "diverged"]["id"]
-    rows = rows[~rows["id"].isin(gone) & rows["value"].notna() & ~rows.metric.isin(REPORTED)]
+    rows = study.lasting(rows[rows["value"].notna() & ~rows.metric.isin(REPORTED)])
     if rows.empty:
         return pd.DataFrame()
     endpoint = primary_endpoint(study, cell)

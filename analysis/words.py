@@ -45,7 +45,7 @@ def recipes(study: Study, cell: str) -> tuple[list[tuple[str, str, str]], str]:
     A variant is told by the factors in which it differs from the value that most have, and by
     those in which the primary's two sides differ.
     """
-    every = {r["name"]: r for r in study.recipes if r["cell"] == cell}
+    every = study.recipes_of(cell)
     own = [r for r in every.values() if r["role"] == "variant"]
     primary = study.primaries.get(cell)
     told = differing(every, primary["variant"], primary["against"]) if primary else ()

@@ -339,7 +339,7 @@ def test_contrasts_of_mean_and_noise_by_hand() -> None:
 def test_mean_and_noise_of_a_study(tmp_path: Path) -> None:
     folder = fake.write(tmp_path / "s", variants=SQUARE, noise=0.0)
     study = load.load(folder)
-    assert [c.names for c in factorial.corners(study, "digits")] == [
+    assert factorial.corners(study, "digits") == [
         ("cd", "noisy", "exact", "ct")]
     frame = factorial.effects(study)
     assert frame.contrast.tolist() == ["mean", "noise", "interaction"]
