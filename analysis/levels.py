@@ -17,9 +17,9 @@ from matplotlib.axes import Axes
 from analysis import shared, tables
 from analysis.identities import apart
 from analysis.load import Study
-from analysis.style import GREY, Look
+from analysis.style import GREY, STAR, Look, look
 
-SIGMA, STAR = r"noise level $t$", "$t^*$"
+SIGMA = r"noise level $t$"
 OWN = ("Probes are taken at each variant's own weights, so that variants differ in where they are "
        "measured too. The law's values are not the mean of the levels': mean gradients of "
        "different levels can cancel, and the law's variance holds the spread between levels.")
@@ -48,9 +48,10 @@ def planned(study: Study, cell: str, kind: str) -> bool:
                for frame in (study.missing, study.measures))
 
 
-def stands_on(study: Study, cell: str, kind: str, rows: pd.DataFrame) -> str:
-    """How many of the files asked for a figure or table stands on, and at which points."""
-    points = rows["at"].unique()
+def stands_on(study: Study, rows: pd.DataFrame) -> str:
+    """How many of the files asked for a figure or table of these rows, of one cell and kind,
+    stands on, and at which points."""
+    cell, kind, points = rows.cell.iloc[0], rows.kind.iloc[0], rows["at"].unique()
     lacking = study.missing[(study.missing.cell == cell)
                             & study.missing.file.str.contains(f"-{kind}-", regex=False)]
     at = lacking.file.str.split("-").str[0].astype(float).round(3)
@@ -96,9 +97,24 @@ def plain(value: float, digits: int) -> str:
     return f"{float(f'{value:.{digits}g}'):g}"
 
 
+def curve(rows: pd.DataFrame, quantity: str, over: str = "sigma") -> pd.DataFrame:
+    """A quantity over levels: the same, by level."""
+    return over_seeds(rows[(rows.quantity == quantity) & (rows.over == over)])
+
+
+def single(rows: pd.DataFrame, quantity: str, over: str = "run") -> dict[str, float]:
+    """A quantity that is one number per run; over "law": its mean under the law of training."""
+    return one(rows[(rows.quantity == quantity) & (rows.over == over)])
+
+
+def measured(rows: pd.DataFrame, quantity: str, over: str = "sigma") -> bool:
+    """Whether a quantity has values over levels."""
+    return len(curve(rows, quantity, over)) > 0
+
+
 def law_of(rows: pd.DataFrame, quantity: str) -> str:
     """A quantity's average under the law of training, mean over seeds."""
-    return text_of(one(rows[(rows.over == "law") & (rows.quantity == quantity)]), 2)
+    return text_of(single(rows, quantity, "law"), 2)
 
 
 def draw(axes: Axes, frame: pd.DataFrame, drawn: Look, label: str | None = None,
@@ -117,6 +133,19 @@ def draw(axes: Axes, frame: pd.DataFrame, drawn: Look, label: str | None = None,
         low = frame["low"].where(frame["low"] > 0, frame["mean"]) if positive else frame["low"]
         axes.fill_between(frame.index, low, frame["high"], color=drawn.colour, alpha=0.13, lw=0)
     return True
+
+
+def lines(axes: Axes, rows: pd.DataFrame, colours: dict[str, Any], styles: dict[str, Any],
+          over: str = "sigma", law: str | None = "", positive: bool = True) -> None:
+    """A line per variant that has rows, in file order, and quantity. styles: by quantity, None for
+    the variant's own; law: the quantity whose average under the law of training stands beside the
+    name in the legend, "" for the name alone, None for no entry."""
+    for name in (n for n in colours if (rows.name == n).any()):
+        own = rows[rows.name == name]
+        label = name if law == "" else law and f"{name}: {law_of(own, law)}"
+        for quantity, style in styles.items():
+            draw(axes, curve(own, quantity, over), look(colours, name), label, style, positive)
+            label = None
 
 
 def t_star(study: Study, cell: str) -> float:

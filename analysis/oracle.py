@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from analysis import tables, words
 from analysis.document import Block, Table
-from analysis.levels import one, rows_of, stands_on
+from analysis.levels import rows_of, single, stands_on
 from analysis.load import Study
 from analysis.recipes import computed, counterparts, end
 from analysis.style import GREY, MARKERS, Drawn, plain_log
@@ -69,10 +69,10 @@ def method(factors: dict[str, Any], axis: str = "") -> str:
 
 
 def _value(rows: pd.DataFrame, name: str, quantity: str) -> dict[str, float]:
-    return one(rows[(rows.name == name) & (rows.quantity == quantity) & (rows.over == "run")])
+    return single(rows[rows.name == name], quantity)
 
 
-def bias(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any]) -> Drawn:
+def bias(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
     """Bias of fixed points against N, K and the distance, trained runs beside them."""
     recipes, rows = recipes_of(study, cell), rows_of(study, cell, "pushforward")
     recipes = {n: r for n, r in recipes.items() if (rows.name == n).any()}
@@ -116,7 +116,7 @@ def bias(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any]) -> D
         "a mean square (at the right). Open points are trained networks of the same factors, from "
         "the smallest to the largest seed: a point on its line has no training error left. "
         "Dotted: a fall like the root of N or K, which the noise of CT's steps gives. What is 0 "
-        "is not drawn. " + stands_on(study, cell, "pushforward", rows)), None
+        "is not drawn. " + stands_on(study, rows)), None
 
 
 def _position(recipes: dict[str, Any], axis: str, name: str) -> float:

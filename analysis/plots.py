@@ -20,11 +20,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from analysis import instruments, oracle, probes, shared, stats, tables, trajectories, words
+from analysis import instruments, oracle, probes, shared, stats, tables, words
 from analysis.files import REPORTED, WITH_FLOOR
 from analysis.identities import apart
 from analysis.load import Study
-from analysis.style import GREY, PALE, STYLE, Drawn, capital, look, palette, save
+from analysis.style import GREY, PALE, STYLE, Drawn, capital, look, palette, panels, save
 
 WIDE_TICKS = (-93.75, -87.5, -75, -50, 0, 100, 300, 700, 1500)  # percent: powers of two
 DRAWN = 40  # effects; more stand in comparisons.csv
@@ -46,7 +46,7 @@ def draw_all(study: Study, table: pd.DataFrame, folder: Path) -> dict[str, list[
     colours = palette(study)
     found: dict[str, list[Picture]] = {}
     for cell in study.cells:
-        for name, draw in (("effects", _effects), ("curves", _curves),
+        for name, draw in (("effects", partial(_effects, table)), ("curves", _curves),
                            ("score_error", probes.score), ("map_error", probes.map_error),
                            ("gradient_noise", instruments.noise),
                            ("gradient_parts", instruments.parts),
@@ -54,10 +54,10 @@ def draw_all(study: Study, table: pd.DataFrame, folder: Path) -> dict[str, list[
                            ("gradient_cosine", instruments.cosine),
                            ("gradient_slopes", instruments.slopes),
                            ("gradient_rounding", instruments.rounding),
-                           ("trajectories", trajectories.ends), ("drift", trajectories.drift),
+                           ("trajectories", instruments.ends), ("drift", instruments.drift),
                            ("fixed_points", oracle.bias), ("samples", probes.samples)):
             with matplotlib.rc_context(STYLE):
-                drawn = draw(study, table, cell, colours)
+                drawn = draw(study, cell, colours)
                 if drawn:
                     figure, caption, ids = drawn
                     file = f"{name}-{cell}.png"
@@ -151,8 +151,7 @@ def forest(axes: Axes, rows: pd.DataFrame, colours: dict[str, Any], metric: str,
     axes.set_xlabel(what + r"   (better $\leftarrow$ 0 $\rightarrow$ worse)")
 
 
-def _effects(study: Study, table: pd.DataFrame, cell: str,
-             colours: dict[str, Any]) -> Drawn:
+def _effects(table: pd.DataFrame, study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
     rows, endpoint = shown(study, table, cell), tables.shown_endpoint(study, cell)
     rows = rows[rows["n"] > 0].head(DRAWN)
     if endpoint is None or rows.empty:
@@ -236,8 +235,7 @@ def curve(axes: Axes, study: Study, cell: str, endpoint: dict[str, Any], colours
     return list(rows["id"])
 
 
-def _curves(study: Study, table: pd.DataFrame, cell: str,
-             colours: dict[str, Any]) -> Drawn:
+def _curves(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
     main = tables.shown_endpoint(study, cell)
     if main is None:
         return None
@@ -251,14 +249,10 @@ def _curves(study: Study, table: pd.DataFrame, cell: str,
     if not ends:
         return None
     columns = min(len(ends), 2)
-    tall = math.ceil(len(ends) / columns)
-    figure = Figure(figsize=(4.9 * columns + 0.4, 3.7 * tall), layout="constrained")
-    grid, ids = figure.subplots(tall, columns, squeeze=False).flat, []
-    for axes, end in zip(grid, ends, strict=False):
+    (figure, grid), ids = panels(len(ends), columns, 4.9 * columns + 0.4, 3.7), []
+    for axes, end in zip(grid, ends, strict=True):
         ids += curve(axes, study, cell, end, colours)
         axes.set_title(capital(tables.title(end["metric"], end["nfe"])))
-    for axes in figure.axes[len(ends):]:
-        axes.axis("off")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper")
     return figure, ("Lines are means over seeds (geometric where the axis is logarithmic), small "

@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from analysis import oracle, tables, trajectories
+from analysis import oracle, tables
 from analysis.document import Block, Items, Section, Table, Text
 from analysis.identities import PATHS
-from analysis.instruments import compared
+from analysis.instruments import compared, there
 from analysis.levels import (
     ERROR,
     OWN,
@@ -91,7 +91,7 @@ def _law_table(study: Study, cell: str, kind: str, columns: tuple[tuple[str, str
                          *(text_of(e) for e in entries), f"{own['id'].nunique()}"))
     header = ("variant", *(["at"] if len(points) > 1 else []), *(c[1] for c in columns), "seeds")
     return [Table(header, tuple(body), f"{cell}: {caption} "
-                  + stands_on(study, cell, kind, rows))]
+                  + stands_on(study, rows))]
 
 
 def noise(study: Study, cell: str) -> list[Block]:
@@ -145,14 +145,14 @@ def rounding(study: Study, cell: str) -> list[Block]:
 def paths(study: Study, cell: str) -> list[Block]:
     """Error at T, drift and spread by path."""
     rows = rows_of(study, cell, "trajectories")
-    there = trajectories.there(rows)
-    if not there:
+    measured = there(rows)
+    if not measured:
         return []
     floor = one(rows[(rows.over == "run") & (rows.quantity == "floor")])
     top, body = rows[rows.over == "sigma"].level.max(), []
     for name in dict.fromkeys(rows.name):
         own = rows[rows.name == name]
-        for path in there:
+        for path in measured:
             end = over_seeds(own[(own.quantity == path) & (own.over == "sigma")])
             spread = one(own[(own.quantity == f"spread_{path}") & (own.over == "run")])
             if top not in end.index:
@@ -166,7 +166,7 @@ def paths(study: Study, cell: str) -> list[Block]:
                   f"{cell}: distance of f(x(T), T), T = {top:.3g}, to the end of each score's "
                   "path from there, and spread of f along it: rms in units of the data, "
                   f"means over seeds {ERROR}. The floor is the distance between the "
-                  "ends of two teachers' paths. " + stands_on(study, cell, "trajectories", rows))]
+                  "ends of two teachers' paths. " + stands_on(study, rows))]
 
 
 def samples(study: Study, cell: str) -> list[Block]:
@@ -187,7 +187,7 @@ def samples(study: Study, cell: str) -> list[Block]:
         if len(rows[kind]):
             columns = tuple(c for c in columns if (rows[kind].quantity == c[0]).any())
             blocks.append(_sample_table(rows[kind], columns, f"{cell}: {caption} Means over seeds."
-                                        f" {stands_on(study, cell, kind, rows[kind])}"))
+                                        f" {stands_on(study, rows[kind])}"))
     return blocks + _histogram(cell, rows["coverage"])
 
 
