@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 
 import pandas as pd
 
@@ -17,10 +18,10 @@ from analysis.levels import (
     ERROR,
     OWN,
     RATIO,
-    one,
-    over_seeds,
+    curve,
     planned,
     rows_of,
+    single,
     stands_on,
     star_text,
     text_of,
@@ -33,16 +34,40 @@ ALT = {"gradient_noise": "noise of the gradient against t", "gradient_parts": "o
        "gradient_rounding": "error of half precision against t",
        "trajectories": "distance to the end", "drift": "drift along trajectories",
        "fixed_points": "bias of fixed points"}
-NOISE = (("rho", "rho"), ("rho_adam", "rho, Adam's metric"), ("estimator", "estimate"),
-         ("dropout", "dropout"), ("draw", "draw"), ("total", "total"), ("snr", "signal / noise"))
-COSINE = (("cosine", "cosine"), ("snr_score", "signal / noise, first"),
-          ("snr_against", "signal / noise, second"))
-SLOPES = (("slope_loss", "losses, fitted"), ("predicted_slope_loss", "losses, predicted"),
-          ("slope_gradient", "gradients, fitted"),
-          ("predicted_slope_gradient", "gradients, predicted"))
-ROUNDING = (("error", "one batch"), ("bias", "mean gradient"),
-            ("error_over_noise", "error / noise"), ("cosine_batch", "cosine, one batch"),
-            ("residual_error", "step"), ("step_over_c", "step over c"))
+GRADIENT = {  # columns, what they stand over, caption
+    "gradient_noise": (
+        (("rho", "rho"), ("rho_adam", "rho, Adam's metric"), ("estimator", "estimate"),
+         ("dropout", "dropout"), ("draw", "draw"), ("total", "total"), ("snr", "signal / noise")),
+        "law",
+        f"under the law of training, means over seeds {ERROR}. rho is the estimate's "
+        "share of the variance; estimate, dropout, draw and total are variances of one image's "
+        "gradient, summed over parameters; signal / noise is the squared mean gradient over the "
+        f"total. {RATIO} {OWN} {{star}}"),
+    "gradient_cosine": (
+        (("cosine", "cosine"), ("snr_score", "signal / noise, first"),
+         ("snr_against", "signal / noise, second")),
+        "law",
+        "mean gradients of {first} (first) and {second} (second) at the same weights under the "
+        f"law of training, noise removed; means over seeds {ERROR}. {OWN} {{star}}"),
+    "gradient_slopes": (
+        (("slope_loss", "losses, fitted"), ("predicted_slope_loss", "losses, predicted"),
+         ("slope_gradient", "gradients, fitted"),
+         ("predicted_slope_gradient", "gradients, predicted")),
+        "run",
+        "slopes in ln N of the relative differences of losses and mean gradients of {first} and "
+        f"{{second}}; means over seeds {ERROR}. –: no slope is predicted, or none "
+        "could be fitted."),
+    "gradient_rounding": (
+        (("error", "one batch"), ("bias", "mean gradient"),
+         ("error_over_noise", "error / noise"), ("cosine_batch", "cosine, one batch"),
+         ("residual_error", "step"), ("step_over_c", "step over c")),
+        "law",
+        "gradients in each variant's own half precision against float32 ones at the same weights "
+        f"on the same batches, under the law of training; means over seeds {ERROR}. Relative "
+        "errors: of one batch's gradient (rms), of the mean gradient with noise removed (–: "
+        "noise left its square negative), and of the step f(x_t, t) - f^-(x_r, r) (rms over "
+        "images). Error / noise: over the standard deviation of a batch's gradient, far below "
+        f"which rounding is lost in the noise. {OWN}")}
 MEMORY = (("value", "nearer to training images"), ("null_se", "by luck ±"),
           ("excess", "excess, whole training set"), ("excess_null_se", "by luck ±"),
           ("nearest_train", "distance to training images"),
@@ -55,10 +80,12 @@ def sections(study: Study, figures: Callable[[str], list[Block]]) -> list[Sectio
     made = []
     for title, kinds, drawn, table in (
             ("Noise of the gradient", ("gradient_noise",),
-             ("gradient_noise", "gradient_parts", "gradient_step"), noise),
-            ("Direction of the gradient", ("gradient_cosine",), ("gradient_cosine",), cosine),
-            ("Losses and gradients against N", ("gradient_slopes",), ("gradient_slopes",), slopes),
-            ("Half precision", ("gradient_rounding",), ("gradient_rounding",), rounding),
+             ("gradient_noise", "gradient_parts", "gradient_step"),
+             partial(gradient, "gradient_noise")),
+            *((title, (kind,), (kind,), partial(gradient, kind)) for title, kind in (
+                ("Direction of the gradient", "gradient_cosine"),
+                ("Losses and gradients against N", "gradient_slopes"),
+                ("Half precision", "gradient_rounding"))),
             ("One trajectory, one output", ("trajectories",), ("trajectories", "drift"), paths),
             ("Fixed points", ("pushforward",), ("fixed_points",), oracle.blocks),
             ("Memorisation and coverage", ("memorisation", "coverage"), (), samples)):
@@ -71,75 +98,27 @@ def sections(study: Study, figures: Callable[[str], list[Block]]) -> list[Sectio
     return made
 
 
-def _law_table(study: Study, cell: str, kind: str, columns: tuple[tuple[str, str], ...],
-               over: str, caption: str) -> list[Block]:
+def gradient(kind: str, study: Study, cell: str) -> list[Block]:
     """One row per variant and point of training, means over seeds; columns without a number are
     left out."""
+    columns, over, caption = GRADIENT[kind]
     rows = rows_of(study, cell, kind, last=False)
-    single = rows[rows.over == over]
-    columns = tuple(c for c in columns if (single.quantity == c[0]).any())
+    columns = tuple(c for c in columns if
+                    ((rows.quantity == c[0]) & (rows.over == over)).any())
     if not columns:
         return []
     body, points = [], sorted(rows["at"].unique())
     for name in dict.fromkeys(rows.name):
         for at in points:
-            own = single[(single.name == name) & (single["at"] == at)]
-            entries = [one(own[own.quantity == q]) for q, _ in columns]
-            if own.empty:
-                continue
-            body.append((str(name), *([f"{100 * at:g} %"] if len(points) > 1 else []),
-                         *(text_of(e) for e in entries), f"{own['id'].nunique()}"))
+            own = rows[(rows.name == name) & (rows["at"] == at) & (rows.over == over)]
+            if len(own):
+                body.append((str(name), *([f"{100 * at:g} %"] if len(points) > 1 else []),
+                             *(text_of(single(own, q, over)) for q, _ in columns),
+                             f"{own['id'].nunique()}"))
     header = ("variant", *(["at"] if len(points) > 1 else []), *(c[1] for c in columns), "seeds")
-    return [Table(header, tuple(body), f"{cell}: {caption} "
-                  + stands_on(study, rows))]
-
-
-def noise(study: Study, cell: str) -> list[Block]:
-    """Parts of the gradient's variance under the law of training."""
-    return _law_table(
-        study, cell, "gradient_noise", NOISE, "law",
-        f"under the law of training, means over seeds {ERROR}. rho is the estimate's "
-        "share of the variance; estimate, dropout, draw and total are variances of one image's "
-        "gradient, summed over parameters; signal / noise is the squared mean gradient over the "
-        f"total. {RATIO} {OWN} " + star_text(study, cell))
-
-
-def cosine(study: Study, cell: str) -> list[Block]:
-    """The cosine of two scores' gradients under the law of training."""
-    rows = rows_of(study, cell, "gradient_cosine")
-    if rows.empty:
-        return []
     first, second = compared(study, rows)
-    return _law_table(
-        study, cell, "gradient_cosine", COSINE, "law",
-        f"mean gradients of {first} (first) and {second} (second) at the same weights under the "
-        f"law of training, noise removed; means over seeds {ERROR}. {OWN} "
-        + star_text(study, cell))
-
-
-def slopes(study: Study, cell: str) -> list[Block]:
-    """Fitted and predicted slopes in N."""
-    rows = rows_of(study, cell, "gradient_slopes")
-    if rows.empty:
-        return []
-    first, second = compared(study, rows)
-    return _law_table(
-        study, cell, "gradient_slopes", SLOPES, "run",
-        f"slopes in ln N of the relative differences of losses and mean gradients of {first} and "
-        f"{second}; means over seeds {ERROR}. –: no slope is predicted, or none "
-        "could be fitted.")
-
-
-def rounding(study: Study, cell: str) -> list[Block]:
-    """Errors of half precision under the law of training."""
-    return _law_table(
-        study, cell, "gradient_rounding", ROUNDING, "law",
-        "gradients in each variant's own half precision against float32 ones at the same weights "
-        f"on the same batches, under the law of training; means over seeds {ERROR}. Relative "
-        "errors: of one batch's gradient (rms), of the mean gradient with noise removed (–: "
-        "noise left its square negative), and of the step f(x_t, t) - f^-(x_r, r) (rms over "
-        "images). Error / noise: over the standard deviation of a batch's gradient, far below "
-        f"which rounding is lost in the noise. {OWN}")
+    told = caption.format(first=first, second=second, star=star_text(study, cell))
+    return [Table(header, tuple(body), f"{cell}: {told} {stands_on(study, rows)}")]
 
 
 def paths(study: Study, cell: str) -> list[Block]:
@@ -148,19 +127,18 @@ def paths(study: Study, cell: str) -> list[Block]:
     measured = there(rows)
     if not measured:
         return []
-    floor = one(rows[(rows.over == "run") & (rows.quantity == "floor")])
+    floor = single(rows, "floor")
     top, body = rows[rows.over == "sigma"].level.max(), []
     for name in dict.fromkeys(rows.name):
         own = rows[rows.name == name]
         for path in measured:
-            end = over_seeds(own[(own.quantity == path) & (own.over == "sigma")])
-            spread = one(own[(own.quantity == f"spread_{path}") & (own.over == "run")])
-            if top not in end.index:
-                continue
-            entry = end.loc[top].to_dict()
-            body.append((str(name), PATHS[path], text_of(entry), text_of(spread),
-                         text_of(floor) if path.endswith("teacher") else "–",
-                         f"{entry['n']:.0f}"))
+            end = curve(own, path)
+            if top in end.index:
+                entry = end.loc[top].to_dict()
+                body.append((str(name), PATHS[path], text_of(entry),
+                             text_of(single(own, f"spread_{path}")),
+                             text_of(floor) if path.endswith("teacher") else "–",
+                             f"{entry['n']:.0f}"))
     return [Table(("variant", "path", "error at T", "spread along the path", "floor", "seeds"),
                   tuple(body),
                   f"{cell}: distance of f(x(T), T), T = {top:.3g}, to the end of each score's "
@@ -203,28 +181,21 @@ def _sample_table(rows: pd.DataFrame, columns: tuple[tuple[str, str], ...], capt
                   ) -> Table:
     body = []
     for (name, ema, nfe), own in rows.groupby(["name", "ema", "nfe"], sort=False):
-        single = own[own.over == "run"]
+        entries = {q: single(own, q) for q, _ in columns}
         body.append((str(name), str(ema), f"{nfe:g}",
-                     *(_single(single[single.quantity == q], q) for q, _ in columns),
-                     f"{own['id'].nunique()}"))
+                     *(text_of(e | {"se": math.nan} if q.endswith("_se") else e)  # itself an error
+                       for q, e in entries.items()), f"{own['id'].nunique()}"))
     return Table(("name", "EMA", "NFE", *(c[1] for c in columns), "seeds"), tuple(body), caption)
-
-
-def _single(rows: pd.DataFrame, quantity: str) -> str:
-    """A number with its standard error; of one that is itself an error the mean alone."""
-    entry = one(rows)
-    return text_of(entry | {"se": math.nan} if quantity.endswith("_se") else entry)
 
 
 def _histogram(cell: str, rows: pd.DataFrame) -> list[Block]:
     """Shares of classes, the training images' first."""
-    rows = rows[rows.over == "class"]
-    classes = sorted(rows.level.unique())
+    classes = sorted(rows[rows.over == "class"].level.unique())
     if not classes:
         return []
 
     def line(name: str, own: pd.DataFrame, quantity: str) -> tuple[str, ...]:
-        mean = over_seeds(own[own.quantity == quantity])["mean"]
+        mean = curve(own, quantity, "class")["mean"]
         return name, *(f"{100 * mean[c]:.1f}" if c in mean.index else "–" for c in classes)
 
     body = [line("training images", rows, "reference_shares")]
