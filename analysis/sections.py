@@ -148,9 +148,10 @@ def paths(study: Study, cell: str) -> list[Block]:
 
 
 def samples(study: Study, cell: str) -> list[Block]:
-    """Memorisation, precision, recall and the histogram of classes."""
+    """Memorisation, precision, recall and the histogram of classes at the end, of variants once
+    each and of sources."""
     blocks: list[Block] = []
-    rows = {kind: _last(study, cell, kind) for kind in ("memorisation", "coverage")}
+    every = study.instruments[study.instruments.cell == cell]
     for kind, columns, caption in (
             ("memorisation", MEMORY,
              "share of samples whose nearest training image is nearer than their nearest held-out "
@@ -162,30 +163,22 @@ def samples(study: Study, cell: str) -> list[Block]:
             ("coverage", COVERAGE,
              "precision is the share of samples near real images, recall the share of real images "
              "near samples, in the extractor's features; both are better high.")):
-        if len(rows[kind]):
-            columns = tuple(c for c in columns if (rows[kind].quantity == c[0]).any())
-            blocks.append(_sample_table(rows[kind], columns, f"{cell}: {caption} Means over seeds."
-                                        f" {stands_on(study, rows[kind])}"))
-    return blocks + _histogram(cell, rows["coverage"])
-
-
-def _last(study: Study, cell: str, kind: str) -> pd.DataFrame:
-    """The values at the end, of variants once each and of sources."""
-    rows = study.instruments[(study.instruments.kind == kind) & (study.instruments.cell == cell)]
-    names = [*tables.variants(study, cell), *rows[rows.role == "source"].name.unique()]
-    rows = study.lasting(rows[rows.name.isin(names)])
-    return rows[rows["at"] == rows["at"].max()]
-
-
-def _sample_table(rows: pd.DataFrame, columns: tuple[tuple[str, str], ...], caption: str
-                  ) -> Table:
-    body = []
-    for (name, ema, nfe), own in rows.groupby(["name", "ema", "nfe"], sort=False):
-        entries = {q: single(own, q) for q, _ in columns}
-        body.append((str(name), str(ema), f"{nfe:g}",
-                     *(text_of(e | {"se": math.nan} if q.endswith("_se") else e)  # itself an error
-                       for q, e in entries.items()), f"{own['id'].nunique()}"))
-    return Table(("name", "EMA", "NFE", *(c[1] for c in columns), "seeds"), tuple(body), caption)
+        rows = every[every.kind == kind]
+        names = [*tables.variants(study, cell), *rows[rows.role == "source"].name.unique()]
+        rows = study.lasting(rows[rows.name.isin(names)])
+        rows = rows[rows["at"] == rows["at"].max()]
+        if rows.empty:
+            continue
+        columns = tuple(c for c in columns if (rows.quantity == c[0]).any())
+        body = []
+        for (name, ema, nfe), own in rows.groupby(["name", "ema", "nfe"], sort=False):
+            entries = {q: single(own, q) for q, _ in columns}
+            body.append((str(name), str(ema), f"{nfe:g}", *(
+                text_of(e | {"se": math.nan} if q.endswith("_se") else e)  # itself an error
+                for q, e in entries.items()), f"{own['id'].nunique()}"))
+        blocks.append(Table(("name", "EMA", "NFE", *(c[1] for c in columns), "seeds"), tuple(body),
+                            f"{cell}: {caption} Means over seeds. {stands_on(study, rows)}"))
+    return blocks + _histogram(cell, rows)
 
 
 def _histogram(cell: str, rows: pd.DataFrame) -> list[Block]:
