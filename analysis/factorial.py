@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from analysis import shared, stats, tables, words
 from analysis.document import Block, Section, Table
-from analysis.identities import apart, standing
+from analysis.identities import apart, standing, written
 from analysis.load import Study
 from analysis.recipes import computed, differing, endless
 
@@ -87,16 +87,9 @@ def effects(study: Study) -> pd.DataFrame:
             seeds, g, on = _blocks(study, cell, endpoint, square)
             log = stats.is_log(endpoint["metric"])
             for name, values in contrasts(g).items():
-                e = stats.paired(values.tolist())
-                ends = (e.effect, e.low, e.high)
-                percent = [stats.percent(x) if log else float("nan") for x in ends]
-                rows.append(endpoint | dict(zip(COLUMNS[2:6], square, strict=True)) | {
+                rows.append(endpoint | square._asdict() | stats.paired(values).columns(log) | {
                     "cell": cell, "contrast": name, "stands_on": on,
-                    "n": e.n, "sd": e.sd, "p": e.p,
-                    **dict(zip(("effect", "low", "high"), ends, strict=True)),
-                    **dict(zip(("percent", "percent_low", "percent_high"), percent, strict=True)),
-                    "points": " ".join(f"{s}:{x:+.10g}" for s, x
-                                       in zip(seeds, values, strict=True))})
+                    "points": written(seeds, values)})
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -122,15 +115,15 @@ def sentences(study: Study, frame: pd.DataFrame) -> list[str]:
     """One sentence for each contrast that has a block."""
     told = []
     for _, row in frame[frame.n > 0].iterrows():
-        where = study.prefix(row.cell) + (f"on {on}, " if (on := standing(row)) else "")
+        where = study.prefix(row.cell) + standing(row, "on {}, ")
         log, name = stats.is_log(row.metric), tables.title(row.metric, row.nfe)
-        show = words.percent_text if log else words.signed
+        by = words.change(row.effect, log)
         changes = {
             "mean": f"the exact mean instead of the teacher's changes the {name} by "
-                    f"{show(row.effect)}, averaged over noise",
-            "noise": f"CT's noise changes the {name} by {show(row.effect)}, averaged over means",
+                    f"{by}, averaged over noise",
+            "noise": f"CT's noise changes the {name} by {by}, averaged over means",
             "interaction": f"interaction: the noise's effect on the {name} with the exact mean "
-                           f"differs from that with the teacher's by {show(row.effect)}"}
+                           f"differs from that with the teacher's by {by}"}
         span = (f"95 % interval {words.interval(row.low, row.high, log)}, "
                 if row.n >= stats.INTERVAL_FROM else "")
         null = "; the interval includes no difference (0)" if row.low <= 0 <= row.high else ""
@@ -148,11 +141,10 @@ def section(study: Study, frame: pd.DataFrame) -> list[Section]:
     body = []
     for _, row in frame.iterrows():
         log = stats.is_log(row.metric)
-        show = words.percent_text if log else words.signed
-        on = standing(row)
-        body.append((row.cell + f", on {on}" * bool(on), f"{row.contrast}: {labels[row.contrast]}",
+        body.append((row.cell + standing(row, ", on {}"),
+                     f"{row.contrast}: {labels[row.contrast]}",
                      f"{row.teacher}, {row.noisy}; {row.exact}, {row.single}",
-                     show(row.effect) if row.n else "–",
+                     words.change(row.effect, log) if row.n else "–",
                      words.interval(row.low, row.high, log), str(row.n)))
     notes = [f" {text}" for cell, rows in frame.groupby("cell", sort=False) if (
         text := shared.owed(study, str(cell), np.unique(rows[list(COLUMNS[2:6])])))]

@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from analysis import instruments, oracle, probes, shared, stats, tables, words
 from analysis.files import REPORTED, WITH_FLOOR
-from analysis.identities import apart
+from analysis.identities import apart, points
 from analysis.load import Study
 from analysis.style import GREY, PALE, STYLE, Drawn, capital, look, palette, panels, save
 
@@ -115,16 +115,16 @@ def forest(axes: Axes, rows: pd.DataFrame, colours: dict[str, Any], metric: str,
     reach = []
     for i, row in rows.iterrows():
         colour = colours[row.variant]
-        points = [float(p.split(":")[1]) for p in row["points"].split()]
+        seeds = [*points(row).values()]
         axes.plot([row.low_pooled, row.high_pooled], [i, i], color=colour, lw=1, alpha=0.9)
         axes.plot([row.low, row.high], [i, i], color=colour, lw=4.5, alpha=0.35,
                   solid_capstyle="butt")
-        axes.plot(points, [i + 0.2] * len(points), "o", ms=3.5, color=colour, alpha=0.75, mew=0)
+        axes.plot(seeds, [i + 0.2] * len(seeds), "o", ms=3.5, color=colour, alpha=0.75, mew=0)
         axes.plot(row.effect, i, "D", ms=6, color=colour, mec="white", mew=0.8)
-        reach += [*points, *(x for x in (row.low_pooled, row.high_pooled) if x == x)]
-        wide = max(abs(p - row.effect) for p in points)  # a wild t interval must not set the scale
+        reach += [*seeds, *(x for x in (row.low_pooled, row.high_pooled) if x == x)]
+        wide = max(abs(x - row.effect) for x in seeds)  # a wild t interval must not set the scale
         reach += [x for x in (row.low, row.high) if abs(x - row.effect) < 3 * wide + 1e-12]
-        axes.text(1.02, i, f"{(words.percent_text if log else words.signed)(row.effect)}"
+        axes.text(1.02, i, f"{words.change(row.effect, log)}"
                   f"   {row.n}/{row.planned}", transform=axes.get_yaxis_transform(), va="center",
                   fontsize=9, weight="bold" if row.role == "primary" else None)
     low, high = min([*reach, 0.0]), max([*reach, 0.0])

@@ -150,9 +150,8 @@ def _comparisons(study: Study, table: pd.DataFrame, mismatches: list[ledger.Mism
         header = ["compared", "differs in", "effect", "95 % interval", "95 % pooled", "seeds",
                   *(["Holm p", "sign-flip p", "verdict"] if verdicts else []),
                   "images equal", "with sources"]
-        show = words.percent_text if log else words.signed
-        body = [(f"{r.variant} − {r.baseline}" + (f", on {on}" if (on := standing(r)) else ""),
-                 r.differs, show(r.effect) if r.n else "–",
+        body = [(f"{r.variant} − {r.baseline}" + standing(r, ", on {}"),
+                 r.differs, words.change(r.effect, log) if r.n else "–",
                  words.interval(r.low, r.high, log),
                  words.interval(r.low_pooled, r.high_pooled, log),
                  f"{r.n}/{r.planned}" + (f", {r.diverged} diverged" if r.diverged else ""),

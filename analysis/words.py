@@ -109,6 +109,11 @@ def _blend(given: dict[str, Any]) -> str:
     return f"{mean}, {noise}{gaussian} (blend alpha {alpha:g}, beta {beta:g})"
 
 
+def change(effect: float, log: bool) -> str:
+    """An effect with its sign, in percent if it is a log difference."""
+    return percent_text(effect) if log else signed(effect)
+
+
 def percent_text(effect: float) -> str:
     """A log difference as a signed percentage."""
     return f"{percent_number(effect)}\u00a0%"
