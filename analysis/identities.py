@@ -6,6 +6,7 @@ identities (see analysis.records): each stands in a row of its own, and says wha
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 import pandas as pd
@@ -14,12 +15,17 @@ PATHS = {"teacher": "the teacher's", "second_teacher": "the second teacher's",
          "population": "the population's", "empirical": "the training set's"}
 
 
+def parts(what: str) -> list[str]:
+    """An identity's settings, each as key=value."""
+    return re.split(r", (?=\w+=)", what.partition("[")[2][:-1])
+
+
 def apart(whats: Iterable[str]) -> dict[str, str]:
     """What tells each of these identities from the others, e.g. "data 0a1b2c3d"; "" of one that
     is alone."""
-    parts = {w: w[w.index("[") + 1:-1].split(", ") for w in dict.fromkeys(whats) if w}
-    common = set.intersection(*map(set, parts.values())) if parts else set()
-    return {w: ", ".join(_told(p) for p in own if p not in common) for w, own in parts.items()}
+    every = {w: parts(w) for w in dict.fromkeys(whats) if w}
+    common = set.intersection(*map(set, every.values())) if every else set()
+    return {w: ", ".join(_told(p) for p in own if p not in common) for w, own in every.items()}
 
 
 def _told(part: str) -> str:

@@ -28,6 +28,7 @@ from study.bounded import check_entries
 from study.errors import StudyError
 
 OPTIONAL = ("map_error", "instruments", "mean_and_noise")  # files only where there are data
+STATES = ("done", "failed", "unfinished", "pending")
 LISTED = 20  # entries of a list before it says "and N more"
 ALT = {"effects": "effects with intervals", "curves": "metric against budget",
        "score_error": "score error against sigma", "map_error": "map error against sigma",
@@ -111,18 +112,17 @@ def _completeness(study: Study) -> list[Block]:
     counts = runs["state"].value_counts()
     diverged = int((runs.outcome == "diverged").sum())
     detail = ", ".join(f"{counts.get(s, 0)} {s}" + (f" ({diverged} of them diverged)" if
-                       s == "done" and diverged else "")
-                       for s in ("done", "failed", "unfinished", "pending"))
+                       s == "done" and diverged else "") for s in STATES)
     rows = []
     for (cell, name), group in study.runs.groupby(["cell", "name"], sort=False):
         state = group["state"].value_counts()
         lacking = study.missing[(study.missing.cell == cell) & (study.missing.name == name)]
         rows.append((str(cell), str(name), group["role"].iloc[0], str(len(group)),
-                     *(str(state.get(s, 0)) for s in ("done", "failed", "unfinished", "pending")),
+                     *(str(state.get(s, 0)) for s in STATES),
                      str((group.outcome == "diverged").sum()), str(len(lacking)),
                      ", ".join(x for x in group.same_as.unique() if x)))
-    header = ("cell", "name", "role", "planned", "done", "failed", "unfinished", "pending",
-              "diverged", "measurements missing", "same runs as")
+    header = ("cell", "name", "role", "planned", *STATES, "diverged", "measurements missing",
+              "same runs as")
     keep = [k for k in range(len(header)) if k < 5 or any(row[k] not in ("0", "") for row in rows)]
     blocks: list[Block] = [
         Text(f"{words.several(len(runs), 'run')} planned: {detail}. Unfinished means running or "

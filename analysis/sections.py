@@ -4,7 +4,6 @@ for the measurement."""
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from functools import partial
 
@@ -12,7 +11,7 @@ import pandas as pd
 
 from analysis import oracle, tables
 from analysis.document import Block, Items, Section, Table, Text
-from analysis.identities import PATHS
+from analysis.identities import PATHS, parts
 from analysis.instruments import compared, there
 from analysis.levels import (
     ERROR,
@@ -203,10 +202,9 @@ def _histogram(cell: str, rows: pd.DataFrame) -> list[Block]:
 
 def identities(study: Study) -> list[Block]:
     """What the measured values are, what all have in common said once."""
-    parts = [re.split(r", (?=\w+=)", what[:-1].replace("[", ", ", 1))
-             for what in study.measures.identity.unique()]
-    common = [p for p in parts[0] if all(p in other for other in parts)] if parts[1:] else []
-    lines = (", ".join(p for p in line if p not in common) for line in parts)
+    every = [[what.partition("[")[0], *parts(what)] for what in study.measures.identity.unique()]
+    common = [p for p in every[0] if all(p in other for other in every)] if every[1:] else []
+    lines = (", ".join(p for p in line if p not in common) for line in every)
     return [Text("Metric identities; only equal ones are compared or averaged"
                  + (f"; all have {', '.join(common)}:" if common else ":")),
             Items(tuple(lines) or ("none yet",))]

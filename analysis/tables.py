@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from analysis import shared, stats
 from analysis.files import REPORTED
-from analysis.identities import PATHS, apart, points, written
+from analysis.identities import PATHS, apart, parts, points, written
 from analysis.load import Study
 from analysis.recipes import SPLIT, along, computed, counterparts, differing
 from analysis.records import number
@@ -82,12 +82,12 @@ def headings(columns: list[tuple[str, str]]) -> list[str]:
     their identities apart."""
     short = []
     for metric, what in columns:
-        keys = dict(p.split("=", 1) for p in what[what.index("[") + 1:-1].split(", ") if "=" in p)
+        keys = dict(p.split("=", 1) for p in parts(what))
         path = PATHS.get(keys.get("along", ""), "")
-        parts = (METRICS.get(metric, metric), f"{path} path" * bool(path),
-                 f"{keys['nfe']} NFE" if "nfe" in keys else "",
-                 keys.get("reference", "").replace("_", "-"))
-        short.append(", ".join(filter(None, parts)))
+        told = (METRICS.get(metric, metric), f"{path} path" * bool(path),
+                f"{keys['nfe']} NFE" if "nfe" in keys else "",
+                keys.get("reference", "").replace("_", "-"))
+        short.append(", ".join(filter(None, told)))
     alike = [[w for other, (_, w) in zip(short, columns, strict=True) if other == h]
              for h in short]
     return [h if len(whats) == 1 else f"{h}, {apart(whats)[what]}"
