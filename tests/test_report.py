@@ -66,15 +66,6 @@ def test_contents_in_order(built: Path) -> None:
     assert "15 runs planned: 15 done" in text
 
 
-def test_same_input_same_bytes(built: Path) -> None:
-    before = {p.name: p.read_bytes() for p in built.iterdir()}
-    assert len(before) == 11
-    for path in built.iterdir():
-        path.unlink()
-    report.build(built.parent)
-    assert {p.name: p.read_bytes() for p in built.iterdir()} == before
-
-
 def test_html_stands_alone(built: Path) -> None:
     text = (built / "report.html").read_text()
     assert text.count("data:image/png;base64,") == 4
