@@ -73,12 +73,17 @@ def _key(axes: Axes, solid: str, dashed: str) -> None:
     axes.plot([], [], color=INK, ls=DASHED, label=dashed)
 
 
+def _over_t(axes: Axes, title: str, label: str | None = None) -> None:
+    """Makes a panel one of values over noise levels, both logarithmic."""
+    axes.set(xscale="log", yscale="log", xlabel=SIGMA, ylabel=label)
+    axes.set_title(title, fontsize=10)
+
+
 def _signal(axes: Axes, rows: pd.DataFrame, colours: dict[str, Any], styles: dict[str, Any]
             ) -> None:
     """A panel of signal to noise."""
     lines(axes, rows, colours, styles, law=None)
-    axes.set(xscale="log", yscale="log", xlabel=SIGMA, ylabel="squared mean over variance")
-    axes.set_title("Signal to noise, one image", fontsize=10)
+    _over_t(axes, "Signal to noise, one image", "squared mean over variance")
 
 
 def noise(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
@@ -157,8 +162,7 @@ def step(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
     figure, grid = _row(len(shown))
     for axes, (quantity, label) in zip(grid, shown, strict=True):
         lines(axes, rows, colours, {quantity: None})
-        axes.set(xscale="log", yscale="log", xlabel=SIGMA)
-        axes.set_title(label, fontsize=10)
+        _over_t(axes, label)
         if quantity == "step_over_c":
             axes.axhline(1, color=GREY, lw=1.2)
     legend(figure, sorted(grid, key=lambda a: -len(a.get_legend_handles_labels()[0]))[:1], 4)
@@ -211,8 +215,7 @@ def rounding(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
             _key(axes, "one batch", "mean gradient")
         else:
             axes.axhline(1, color=GREY, lw=1.2)
-        axes.set(xscale="log", yscale="log", xlabel=SIGMA, ylabel=label)
-        axes.set_title(title, fontsize=10)
+        _over_t(axes, title, label)
     legend(figure, grid[:1], 4)
     return figure, (
         "What half precision changes, against float32 at the same weights on the same batches. "
@@ -290,62 +293,55 @@ def there(rows: pd.DataFrame) -> list[str]:
     return [p for p in PATHS if measured(rows, p)]
 
 
-def _paths(rows: pd.DataFrame, colours: dict[str, Any], quantities: list[str]
-           ) -> tuple[Figure, list[Axes]]:
-    """A panel of distances against t for each quantity."""
-    n = len(quantities)
+def _paths(rows: pd.DataFrame, colours: dict[str, Any], shown: list[tuple[str, str]],
+           floor: float = math.nan) -> Figure:
+    """A panel of distances against t for each quantity, under its title; floor: drawn where the
+    path is a teacher's."""
+    n = len(shown)
     columns = 2 if n == 4 else min(n, 3)
     figure, grid = panels(n, columns, 4.4 * columns if n > 1 else 6.5, 3.3, 0.4, sharex=True,
                           sharey=True)
-    for axes, quantity in zip(grid, quantities, strict=True):
+    for axes, (quantity, title) in zip(grid, shown, strict=True):
         lines(axes, rows, colours, {quantity: None})
         axes.set(xscale="log", yscale="log")
+        axes.set_title(title, fontsize=10)
+        if floor == floor and quantity.endswith("teacher"):
+            axes.axhline(floor, color=INK, lw=1.1, ls=":", label="floor: two teachers")
     for axes in grid[-columns:]:
         axes.set_xlabel(SIGMA)
     for axes in grid[::columns]:
         axes.set_ylabel("root mean square, units of the data")
-    return figure, grid
+    for axes in grid:
+        plain_log(axes.yaxis)
+    legend(figure, grid, 6)
+    return figure
 
 
 def ends(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
     """Distance of f to the end of the probability-flow ODE of each known score, against t."""
     rows = rows_of(study, cell, "trajectories")
-    paths = there(rows)
-    if not paths:
+    shown = [(p, f"To the end of {PATHS[p]} path") for p in there(rows)]
+    if not shown:
         return None
-    floor = single(rows, "floor")
-    figure, grid = _paths(rows, colours, paths)
-    for axes, path in zip(grid, paths, strict=True):
-        if floor["n"] and path.endswith("teacher"):
-            axes.axhline(floor["mean"], color=INK, lw=1.1, ls=":", label="floor: two teachers")
-        axes.set_title(f"To the end of {PATHS[path]} path", fontsize=10)
-    for axes in grid:
-        plain_log(axes.yaxis)
-    legend(figure, grid, 6)
+    figure = _paths(rows, colours, shown, single(rows, "floor")["mean"])
     return figure, (
         "Distance of f(x(t), t) to the end of the probability-flow ODE's path through x(t), the "
         "path being that of each score that is known. An exact consistency model of that score "
         "has 0 at every t; at the smallest level it is 0 by construction and not drawn. The floor "
         "is the distance between the ends of two teachers' paths from the same start: nearer than "
-        "that to one of them is as near as teachers are to each other. " + BARS + " "
+        f"that to one of them is as near as teachers are to each other. {BARS} "
         + stands_on(study, rows)), None
 
 
 def drift(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
     """How far f moves along the ODE's paths and along consistency training's straight line."""
     rows = rows_of(study, cell, "trajectories")
-    titles = {f"drift_{p}": f"Along {PATHS[p]} path" for p in there(rows)}
-    titles["straight"] = "Along the straight line $x + t z$"
-    shown = [q for q in titles if measured(rows, q)]
+    every = [*((f"drift_{p}", f"Along {PATHS[p]} path") for p in there(rows)),
+             ("straight", "Along the straight line $x + t z$")]
+    shown = [line for line in every if measured(rows, line[0])]
     if not shown:
         return None
-    figure, grid = _paths(rows, colours, shown)
-    for axes, quantity in zip(grid, shown, strict=True):
-        axes.set_title(titles[quantity], fontsize=10)
-    for axes in grid:
-        plain_log(axes.yaxis)
-    legend(figure, grid, 6)
-    return figure, (
+    return _paths(rows, colours, shown), (
         "Distance of f(x(t), t) to f(x(T), T), the output at the start of the same path: a "
         "consistency model of that path has 0. Along x + t z, the line that consistency training "
         "moves on, no function is constant for all x, so what is left there is no error. The "

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from analysis import instruments, oracle, probes, shared, stats, tables, words
 from analysis.files import REPORTED, WITH_FLOOR
@@ -67,7 +67,7 @@ def draw_all(study: Study, table: pd.DataFrame, folder: Path) -> dict[str, list[
     return found
 
 
-def preview(study: Study, table: pd.DataFrame, path: Path) -> bool:
+def preview(study: Study, table: pd.DataFrame, path: Path) -> None:
     """One wide picture of the first cell that has comparisons: effects, curve, samples."""
     colours = palette(study)
     for cell in study.cells:
@@ -91,8 +91,7 @@ def preview(study: Study, table: pd.DataFrame, path: Path) -> bool:
             for part in below:
                 probes.strip(part, files, colours)
             save(figure, path)
-        return True
-    return False
+        return
 
 
 def shown(study: Study, table: pd.DataFrame, cell: str) -> pd.DataFrame:
@@ -228,7 +227,7 @@ def curve(axes: Axes, study: Study, cell: str, endpoint: dict[str, Any], colours
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     first, end = rows.images_total.min(), rows.images_total.max()
     axes.set_xlim(max(first - 0.06 * (end - first), 0) if end > first else 0)
     axes.set_xlabel("training images, own + charged")
@@ -262,10 +261,3 @@ def _curves(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
                     "images are those of sources counted against the variant's own budget; a "
                     "dashed curve ends at another sum and is not matched. "
                     + words.seen(study, rows)).rstrip(), ids
-
-
-def _thousands(value: float, _: int) -> str:
-    for size, unit in ((1e6, " M"), (1e3, " k")):
-        if abs(value) >= size:
-            return f"{value / size:g}{unit}"
-    return f"{value:g}"

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
 from analysis import tables, words
@@ -51,7 +50,9 @@ def score(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
         axes.tick_params(labelbottom=True)
         top, before = np.nanmax([rows[key].max(), posterior.max()]), []
         if key == "effective_samples":
-            _effective(axes, rows)
+            sizes = rows.groupby("sigma")["effective_samples"].mean()  # one line for all scores
+            axes.plot(sizes.index, sizes, color=INK, marker="o", ms=4, mew=0)
+            axes.axhline(1, color=GREY, lw=1)
         for text, sharing, group in groups if f"{key}_se" in rows else ():
             group = group.assign(square=group[f"{key}_se"] ** 2)
             curve_ = group.groupby("sigma").agg(
@@ -115,13 +116,6 @@ def score(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
     measured = rows["file"].nunique()
     return figure, (f"{caption} Stands on {measured} of {measured + lacking} distinct "
                     "scores."), None
-
-
-def _effective(axes: Axes, rows: pd.DataFrame) -> None:
-    """How many images the posterior holds: a property of the data, one line for all scores."""
-    sizes = rows.groupby("sigma")["effective_samples"].mean()
-    axes.plot(sizes.index, sizes, color=INK, marker="o", ms=4, mew=0)
-    axes.axhline(1, color=GREY, lw=1)
 
 
 def _by_score(study: Study, cell: str, rows: pd.DataFrame, names: list[str]

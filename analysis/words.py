@@ -110,17 +110,14 @@ def _blend(given: dict[str, Any]) -> str:
 
 
 def change(effect: float, log: bool) -> str:
-    """An effect with its sign, in percent if it is a log difference."""
-    return percent_text(effect) if log else signed(effect)
+    """An effect with its sign, as a percentage if it is a log difference."""
+    return _number(effect, log) + "\u00a0%" * log
 
 
-def percent_text(effect: float) -> str:
-    """A log difference as a signed percentage."""
-    return f"{percent_number(effect)}\u00a0%"
-
-
-def percent_number(effect: float) -> str:
-    """A log difference in percent, signed, with two digits that count."""
+def _number(effect: float, log: bool) -> str:
+    """The same without its unit; a percentage has two digits that count."""
+    if not log:
+        return signed(effect)
     value = stats.percent(effect)
     return _minus(f"{value:+.{1 if abs(value) < 10 else 0}f}")
 
@@ -129,8 +126,7 @@ def interval(low: float, high: float, log: bool) -> str:
     """An interval, in percent if it is one of log differences."""
     if math.isnan(low):
         return "–"
-    ends = [percent_number(x) if log else signed(x) for x in (low, high)]
-    return " to ".join(ends) + ("\u00a0%" if log else "")
+    return f"{_number(low, log)} to {change(high, log)}"
 
 
 def signed(value: float) -> str:
