@@ -32,7 +32,6 @@ from analysis.levels import (
     single,
     stands_on,
     star_text,
-    t_star,
 )
 from analysis.load import Study
 from analysis.style import (
@@ -103,8 +102,7 @@ def noise(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
     grid[0].set_ylabel("share of the gradient's variance")
     for axes in grid[len(shown):]:
         _signal(axes, rows, colours, {"snr": None})
-    for axes in grid:
-        mark(axes, t_star(study, cell))
+    mark(study, cell, grid)
     legend(figure, grid[:1], 4)
     return figure, (
         "rho is the share of the gradient's variance that comes from the estimate of the score: "
@@ -138,7 +136,7 @@ def parts(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
         axes.set_title(name, fontsize=10, color=colours[name])
         axes.set_xlim(rows.level.min(), rows.level.max())
         axes.tick_params(labelbottom=True)
-        mark(axes, t_star(study, cell))
+    mark(study, cell, grid)
     for axes in grid[-columns:]:
         axes.set_xlabel(SIGMA)
     for axes in grid[::columns]:
@@ -189,8 +187,7 @@ def cosine(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
         axes.legend(fontsize=8)
     grid[0].set(xscale="log", xlabel=SIGMA, ylabel="cosine, noise removed")
     grid[0].set_title("Do the two scores push the same way?", fontsize=10)
-    for axes in grid:
-        mark(axes, t_star(study, cell))
+    mark(study, cell, grid)
     legend(figure, grid[:1], 4)
     return figure, (
         f"Cosine of the mean gradients that {first} and {second} give at the same weights on the "

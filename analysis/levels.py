@@ -8,6 +8,7 @@ largest.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -112,11 +113,6 @@ def measured(rows: pd.DataFrame, quantity: str, over: str = "sigma") -> bool:
     return len(curve(rows, quantity, over)) > 0
 
 
-def law_of(rows: pd.DataFrame, quantity: str) -> str:
-    """A quantity's average under the law of training, mean over seeds."""
-    return text_of(single(rows, quantity, "law"), 2)
-
-
 def draw(axes: Axes, frame: pd.DataFrame, drawn: Look, label: str | None = None,
          style: Any = None, positive: bool = False) -> bool:  # noqa: ANN401
     """One line over levels with its bars and band; style: of the line, None for the variant's own;
@@ -142,7 +138,7 @@ def lines(axes: Axes, rows: pd.DataFrame, colours: dict[str, Any], styles: dict[
     name in the legend, "" for the name alone, None for no entry."""
     for name in (n for n in colours if (rows.name == n).any()):
         own = rows[rows.name == name]
-        label = name if law == "" else law and f"{name}: {law_of(own, law)}"
+        label = name if law == "" else law and f"{name}: {text_of(single(own, law, 'law'), 2)}"
         for quantity, style in styles.items():
             draw(axes, curve(own, quantity, over), look(colours, name), label, style, positive)
             label = None
@@ -153,11 +149,13 @@ def t_star(study: Study, cell: str) -> float:
     return float(study.score_errors[study.score_errors.cell == cell]["t_star"].mean())
 
 
-def mark(axes: Axes, star: float) -> None:
-    """The line at t*, if it lies within the levels drawn."""
-    low, high = axes.get_xlim()
-    if low < star < high:
-        axes.axvline(star, color=GREY, lw=1.2, ls="-.", label=STAR)
+def mark(study: Study, cell: str, grid: Iterable[Axes]) -> None:
+    """The line at t* in each panel, if it lies within the levels drawn."""
+    star = t_star(study, cell)
+    for axes in grid:
+        low, high = axes.get_xlim()
+        if low < star < high:
+            axes.axvline(star, color=GREY, lw=1.2, ls="-.", label=STAR)
 
 
 def star_text(study: Study, cell: str) -> str:
