@@ -12,6 +12,7 @@ from matplotlib.ticker import EngFormatter
 from analysis import stats
 from analysis.load import Study
 from analysis.recipes import AMOUNT, BUDGET, computed, differing, planned
+from analysis.records import number
 
 SI = EngFormatter(sep="\u00a0")
 KINDS = {"single_sample": "single sample (CT)", "teacher": "teacher {run} (CD)",
@@ -100,7 +101,7 @@ def factor_text(given: Any) -> str:  # noqa: ANN401 (a JSON value)
 
 def _blend(given: dict[str, Any]) -> str:
     """A blend's mean, between the teacher's and the exact one, and its noise."""
-    alpha, beta = float(given.get("alpha", math.nan)), float(given.get("beta", math.nan))
+    alpha, beta = number(given.get("alpha")), number(given.get("beta"))
     run = given.get("run")
     mean = ("exact posterior mean" if alpha == 1 else f"mean of teacher {run}" if alpha == 0 else
             f"{alpha:g} exact posterior mean + {1 - alpha:g} teacher {run}")

@@ -364,6 +364,8 @@ def test_fixed_points_that_nothing_is_trained_beside(tmp_path: Path) -> None:
     ({"kind": "continuous", "warm_up": 0.025, "c": 0.1},
      "continuous time (sCM; warm-up 0.025 of training, c 0.1)"),
     ({"kind": "fixed_point"}, "fixed point, computed and not trained"),
+    ({"kind": "blend", "alpha": "x", "beta": 0, "run": "edm"}, "nan exact posterior mean + nan "
+     "teacher edm, no noise (blend alpha nan, beta 0)"),  # of an edited file
     ({"kind": "l2_norm"}, "norm, not squared"), ({"kind": "none"}, "none")])
 def test_factors_in_words(given: dict, text: str) -> None:
     assert words.factor_text(given) == text
