@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import ledger, load, shared, stats, tables
+from analysis import identities, ledger, load, shared, stats, tables
 
 END = {"nfe": 1, "at": 1.0, "reference": "train", "metric": "fid"}
 
@@ -119,6 +119,15 @@ def test_unlike_identities_never_meet(tmp_path: Path) -> None:
         names = study.measures[(study.measures.identity == what)
                                & (study.measures.metric == metric)].name.unique()
         assert set(summary.index[summary[(metric, what)].notna()]) == set(names)
+
+
+def test_what_tells_identities_apart_is_told_whole() -> None:
+    one, two = (f'k[ema=raw, N=[20, {n}], score={{"kind": "a", "k": {n}}}, data_digest=0a1b2c3d4]'
+                for n in (40, 80))
+    assert identities.apart([one, two, one]) == {
+        one: 'N=[20, 40], score={"kind": "a", "k": 40}',
+        two: 'N=[20, 80], score={"kind": "a", "k": 80}'}
+    assert identities.apart([one]) == {one: ""}
 
 
 def test_other_data_is_another_identity(tmp_path: Path) -> None:
