@@ -91,6 +91,26 @@ def test_equal_images_with_and_without_sources(tmp_path: Path) -> None:
         assert row_of(table, *pair)[columns].tolist() == equal
 
 
+def test_what_a_file_of_weights_cost_is_not_known(tmp_path: Path) -> None:
+    """Nor of what learns from it; where both sides have no file it is."""
+    file = {"init": {"kind": "weights", "weights": "edm.pkl"}}
+    folder = fake.write(tmp_path / "s", variants=fake.VARIANTS | {"tuned": fake.Made(file)})
+    table = table_of(folder)
+    columns = ["matched", "matched_with_sources"]
+    assert row_of(table, "tuned", "ct")[columns].tolist() == ["yes", "unknown"]
+    plan = json.loads((folder / "study.json").read_text())
+    edm = next(r for r in plan["recipes"] if r["name"] == "edm")
+    edm["factors"] |= file
+    (folder / "study.json").write_text(json.dumps(plan))
+    table = table_of(folder)
+    for pair, equal in ((("ct_warm", "ct"), "unknown"), (("cd_warm", "cd"), "unknown"),
+                        (("ct", "cd"), "unknown"), (("ct", "cd_exact"), "yes")):
+        assert row_of(table, *pair)[columns].tolist() == ["yes", equal]
+    bill = load.load(folder).runs.set_index("name")
+    assert bill.loc["cd", "flops_with_sources"].isna().all()
+    assert bill.loc["cd", ["flops", "images_total"]].notna().all(axis=None)
+
+
 def test_a_budget_that_is_not_charged_is_a_factor(tmp_path: Path) -> None:
     half = fake.Made({"budget": {"images": fake.IMAGES // 2}})
     folder = fake.write(tmp_path / "s", variants={"ct": fake.VARIANTS["ct"], "half": half,
