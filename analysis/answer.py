@@ -7,10 +7,9 @@ import math
 import pandas as pd
 
 from analysis import stats, tables
-from analysis.identities import standing
+from analysis.identities import points, standing
 from analysis.load import Study
-from analysis.recipes import computed
-from analysis.words import ONE_NETWORK, interval, p_text, percent_text, signed
+from analysis.words import ONE_NETWORK, change, interval, p_text
 from study.errors import several
 
 BULLETS = 8  # more in a cell stand in the table alone
@@ -34,9 +33,8 @@ def answers(study: Study, table: pd.DataFrame) -> list[str]:
 
 def told(study: Study, row: pd.Series) -> str:
     """A comparison of the table in one sentence, led by what it stands on where that differs."""
-    fixed = {r["name"] for r in study.recipes if r["cell"] == row.cell and computed(r)}
-    text, on = sentence(row, bool({row.variant, row.baseline} & fixed)), standing(row)
-    return f"on {on}, {text}" if on else text
+    fixed = {row.variant, row.baseline} & study.fixed(row.cell)
+    return standing(row, "on {}, ") + sentence(row, bool(fixed))
 
 
 def sentence(row: pd.Series, fixed: bool = False) -> str:
@@ -45,32 +43,28 @@ def sentence(row: pd.Series, fixed: bool = False) -> str:
     fixed: one side is a fixed point.
     """
     name, log = tables.title(row.metric, row.nfe), stats.is_log(row.metric)
+    end, each = _unequal(row, fixed), points(row).values()
     if row.n == 0:
         return (f"not answered yet: no seed of {row.planned} has the {name} of both {row.variant} "
-                f"and {row.baseline}.{_unequal(row, fixed)}")
-    points = [float(p.split(":")[1]) for p in row["points"].split()]
+                f"and {row.baseline}.{end}")
     means = f"{row.mean_variant:.3g} against {row.mean_baseline:.3g}"
     means += f", {'geometric ' if log else ''}means" if row.n > 1 else ""
-    if not any(points):
+    if not any(each):
         return (f"{row.variant}'s {name} is {row.baseline}'s in every seed "
-                f"({row.mean_variant:.3g}; {seeds(row)}).{_unequal(row, fixed)}")
+                f"({row.mean_variant:.3g}; {seeds(row)}).{end}")
     higher = (row.effect > 0) != (row.metric in stats.BETTER_HIGH)
     size = (f"{abs(row.percent):.{1 if abs(row.percent) < 10 else 0}f}\u00a0%" if log
             else f"{abs(row.effect):.3g}")
     is_ = (f"differs from {row.baseline}'s by less than 0.05\u00a0%" if size == "0.0\u00a0%" else
            f"is equal to {row.baseline}'s on average" if size == "0" else
            f"is {size} {'higher' if higher else 'lower'} than {row.baseline}'s")
-    text = f"{row.variant}'s {name} {is_} ({means}; "
-    if row.n == 1:
-        return (f"{text}{seeds(row)}, too few for an interval): {verdict(row)}."
-                f"{_unequal(row, fixed)}")
     if row.n < stats.INTERVAL_FROM:
-        show = percent_text if log else signed
-        return (f"{text}{seeds(row)}: {', '.join(map(show, points))}, too few for an interval): "
-                f"{verdict(row)}.{_unequal(row, fixed)}")
+        two = f": {', '.join(change(x, log) for x in each)}" if row.n > 1 else ""
+        spread = f"{seeds(row)}{two}, too few for an interval"
+    else:
+        spread = f"95 % interval {interval(row.low, row.high, log)}, {seeds(row)}"
     null = "the interval includes no difference (0); " if row.low <= 0 <= row.high else ""
-    return (f"{text}95 % interval {interval(row.low, row.high, log)}, {seeds(row)}): "
-            f"{null}{verdict(row)}.{_unequal(row, fixed)}")
+    return f"{row.variant}'s {name} {is_} ({means}; {spread}): {null}{verdict(row)}.{end}"
 
 
 def seeds(row: pd.Series) -> str:
@@ -147,9 +141,8 @@ def beside(study: Study, table: pd.DataFrame) -> list[str]:
 def _floor(row: pd.Series) -> str:
     log = stats.is_log(row.metric)
     size = (f"{interval(row.low, row.high, log)}, 95 % interval, " if not math.isnan(row.low) else
-            "; ".join((percent_text if log else signed)(float(p.split(":")[1]))
-                      for p in row["points"].split()) + ", ")
-    on = f" on {on}" if (on := standing(row)) else ""
+            "; ".join(change(x, log) for x in points(row).values()) + ", ")
+    on = standing(row, " on {}")
     return (f"noise floor{on}: {row.variant} and {row.baseline} are the same training on other "
             f"noise and order, so their difference ({size}{seeds(row)}) is chance alone.")
 
@@ -165,7 +158,7 @@ def powers(study: Study, table: pd.DataFrame) -> list[str]:
     for _, row in table[(table.role == "primary") & (table.shared == "")].iterrows():
         margin = float(study.primaries[row.cell]["margin"])
         needed = stats.seeds_needed(tables.effect_of(row), margin)
-        size = percent_text(margin) if stats.is_log(row.metric) else f"{margin:g}"
+        size = change(margin, True) if stats.is_log(row.metric) else f"{margin:g}"
         if row.n and row.n < stats.VERDICT_FROM:
             how = more_seeds(study) or f"The study plans {row.planned} for this comparison."
             texts.append(f"A verdict wants {stats.VERDICT_FROM} seeds or more; fewer show "

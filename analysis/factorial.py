@@ -14,8 +14,7 @@ so that CT minus CD is the sum of the first two. Above 0 is worse.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 
 from analysis import shared, stats, tables, words
 from analysis.document import Block, Section, Table
-from analysis.identities import apart, standing
+from analysis.identities import apart, standing, written
 from analysis.load import Study
 from analysis.recipes import computed, differing, endless
 from study.errors import several
@@ -35,19 +34,13 @@ COLUMNS = ("cell", "contrast", "teacher", "noisy", "exact", "single", *tables.EN
            "stands_on")
 
 
-@dataclass(frozen=True)
-class Corners:
+class Corners(NamedTuple):
     """Names of variants: the teacher's mean without noise and with it, the exact mean likewise."""
 
     teacher: str
     noisy: str
     exact: str
     single: str
-
-    @property
-    def names(self) -> tuple[str, str, str, str]:
-        """The four, in this order."""
-        return self.teacher, self.noisy, self.exact, self.single
 
 
 def contrasts(g: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
@@ -58,7 +51,7 @@ def contrasts(g: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
 def corners(study: Study, cell: str) -> list[Corners]:
     """Every complete 2 x 2 of a cell."""
     names = tables.variants(study, cell)
-    recipes = {r["name"]: r for r in study.recipes if r["cell"] == cell}
+    recipes = study.recipes_of(cell)
     trained = [n for n in names if not computed(recipes[n]) and "score" not in
                recipes[n]["ignored"]]
     found = []
@@ -95,16 +88,9 @@ def effects(study: Study) -> pd.DataFrame:
             seeds, g, on = _blocks(study, cell, endpoint, square)
             log = stats.is_log(endpoint["metric"])
             for name, values in contrasts(g).items():
-                e = stats.paired(values.tolist())
-                ends = (e.effect, e.low, e.high)
-                percent = [stats.percent(x) if log else float("nan") for x in ends]
-                rows.append(endpoint | dict(zip(COLUMNS[2:6], square.names, strict=True)) | {
+                rows.append(endpoint | square._asdict() | stats.paired(values).columns(log) | {
                     "cell": cell, "contrast": name, "stands_on": on,
-                    "n": e.n, "sd": e.sd, "p": e.p,
-                    **dict(zip(("effect", "low", "high"), ends, strict=True)),
-                    **dict(zip(("percent", "percent_low", "percent_high"), percent, strict=True)),
-                    "points": " ".join(f"{s}:{x:+.10g}" for s, x
-                                       in zip(seeds, values, strict=True))})
+                    "points": written(seeds, values)})
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -113,13 +99,12 @@ def _blocks(study: Study, cell: str, endpoint: dict[str, Any], square: Corners
     """The seeds that all four corners have, their transformed values (seeds, 4), and what these
     stand on where there are others, which fewer seeds have."""
     rows = tables.select(study.measures[study.measures.cell == cell], endpoint)
-    gone = study.runs[study.runs.outcome == "diverged"]["id"]
-    rows = rows[rows.name.isin(square.names) & ~rows["id"].isin(gone)]
+    rows = study.lasting(rows[rows.name.isin(square)])
     best: tuple[list[int], NDArray[np.float64], str] = ([], np.empty((0, 4)), "")
     on = apart(rows.identity)
     for what, group in rows.groupby("identity", sort=False):  # only equal identities are compared
         wide = group.pivot(index="seed", columns="name", values="value")
-        wide = wide.reindex(columns=list(square.names)).sort_index()
+        wide = wide.reindex(columns=list(square)).sort_index()
         g = stats.transform(endpoint["metric"], wide.to_numpy(dtype=float, copy=True))
         whole = np.isfinite(g).all(axis=1)
         if whole.sum() > len(best[0]):
@@ -131,15 +116,15 @@ def sentences(study: Study, frame: pd.DataFrame) -> list[str]:
     """One sentence for each contrast that has a block."""
     told = []
     for _, row in frame[frame.n > 0].iterrows():
-        where = study.prefix(row.cell) + (f"on {on}, " if (on := standing(row)) else "")
+        where = study.prefix(row.cell) + standing(row, "on {}, ")
         log, name = stats.is_log(row.metric), tables.title(row.metric, row.nfe)
-        show = words.percent_text if log else words.signed
+        by = words.change(row.effect, log)
         changes = {
             "mean": f"the exact mean instead of the teacher's changes the {name} by "
-                    f"{show(row.effect)}, averaged over noise",
-            "noise": f"CT's noise changes the {name} by {show(row.effect)}, averaged over means",
+                    f"{by}, averaged over noise",
+            "noise": f"CT's noise changes the {name} by {by}, averaged over means",
             "interaction": f"interaction: the noise's effect on the {name} with the exact mean "
-                           f"differs from that with the teacher's by {show(row.effect)}"}
+                           f"differs from that with the teacher's by {by}"}
         span = (f"95 % interval {words.interval(row.low, row.high, log)}, "
                 if row.n >= stats.INTERVAL_FROM else "")
         null = "; the interval includes no difference (0)" if row.low <= 0 <= row.high else ""
@@ -157,11 +142,10 @@ def section(study: Study, frame: pd.DataFrame) -> list[Section]:
     body = []
     for _, row in frame.iterrows():
         log = stats.is_log(row.metric)
-        show = words.percent_text if log else words.signed
-        on = standing(row)
-        body.append((row.cell + f", on {on}" * bool(on), f"{row.contrast}: {labels[row.contrast]}",
+        body.append((row.cell + standing(row, ", on {}"),
+                     f"{row.contrast}: {labels[row.contrast]}",
                      f"{row.teacher}, {row.noisy}; {row.exact}, {row.single}",
-                     show(row.effect) if row.n else "–",
+                     words.change(row.effect, log) if row.n else "–",
                      words.interval(row.low, row.high, log), str(row.n)))
     notes = [f" {text}" for cell, rows in frame.groupby("cell", sort=False) if (
         text := shared.owed(study, str(cell), np.unique(rows[list(COLUMNS[2:6])])))]

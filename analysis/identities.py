@@ -40,8 +40,18 @@ def _told(key: str, value: str | None) -> str:
     return f"{PATHS[value]} path" if key == "along" and value in PATHS else f"{key}={value}"
 
 
-def standing(row: pd.Series) -> str:
+def written(seeds: Iterable[int], differences: Iterable[float]) -> str:
+    """The differences by seed in one field of a table: "0:+0.1 1:-0.2"."""
+    return " ".join(f"{s}:{x:+.10g}" for s, x in zip(seeds, differences, strict=True))
+
+
+def points(row: pd.Series) -> dict[int, float]:
+    """The same, read from a row."""
+    return {int(s): float(x) for s, x in (p.split(":") for p in row["points"].split())}
+
+
+def standing(row: pd.Series, form: str) -> str:
     """What the values of a comparison or contrast stand on that others at its endpoint do not,
-    with its seeds; "" where all at the endpoint are alike."""
-    seeds = [int(p.split(":")[0]) for p in row["points"].split()]
-    return row.stands_on and row.stands_on + (f" ({listed('seed', seeds)})" if seeds else "")
+    with its seeds, in a form like ", on {}"; "" where all at the endpoint are alike."""
+    seeds = f" ({listed('seed', points(row))})" if row["points"] else ""
+    return form.format(row.stands_on + seeds) if row.stands_on else ""

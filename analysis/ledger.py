@@ -80,8 +80,7 @@ def audit(study: Study) -> list[Mismatch]:
                 if len(parts) > 1:
                     text = f"{label} differ: {_parts(parts)}"
                     found.setdefault((column, cell, text), []).append(seed)
-    within = [Mismatch(column, cell, f"{cell}, seed{'s' * (len(seeds) > 1)} "
-                       f"{', '.join(map(str, seeds))}: {text}.")
+    within = [Mismatch(column, cell, f"{cell}, {listed('seed', seeds)}: {text}.")
               for (column, cell, text), seeds in found.items()]
     strays = [Mismatch("inputs", "", f"{folder}: its source is not the one it learned from: the "
                        "source was trained again since.") for folder in study.strays]

@@ -8,6 +8,7 @@ largest.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,9 @@ from matplotlib.axes import Axes
 from analysis import shared, tables
 from analysis.identities import apart
 from analysis.load import Study
-from analysis.style import GREY, Look
+from analysis.style import GREY, STAR, Look, look
 
-SIGMA, STAR = r"noise level $t$", "$t^*$"
+SIGMA = r"noise level $t$"
 OWN = ("Probes are taken at each variant's own weights, so that variants differ in where they are "
        "measured too. The law's values are not the mean of the levels': mean gradients of "
        "different levels can cancel, and the law's variance holds the spread between levels.")
@@ -34,9 +35,8 @@ def rows_of(study: Study, cell: str, kind: str, last: bool = True) -> pd.DataFra
     at the last point only. Of several averages of the weights the first, of several settings those
     that most files have."""
     rows = study.instruments
-    gone = study.runs[study.runs.outcome == "diverged"]["id"]
-    rows = rows[(rows.kind == kind) & (rows.cell == cell) & ~rows["id"].isin(gone)
-                & rows.name.isin(tables.variants(study, cell))]
+    rows = study.lasting(rows[(rows.kind == kind) & (rows.cell == cell)
+                              & rows.name.isin(tables.variants(study, cell))])
     rows = rows[rows.ema.isin(rows.ema.iloc[:1])]
     if last and len(rows):
         rows = rows[rows["at"] == rows["at"].max()]
@@ -49,9 +49,10 @@ def planned(study: Study, cell: str, kind: str) -> bool:
                for frame in (study.missing, study.measures))
 
 
-def stands_on(study: Study, cell: str, kind: str, rows: pd.DataFrame) -> str:
-    """How many of the files asked for a figure or table stands on, and at which points."""
-    points = rows["at"].unique()
+def stands_on(study: Study, rows: pd.DataFrame) -> str:
+    """How many of the files asked for a figure or table of these rows, of one cell and kind,
+    stands on, and at which points."""
+    cell, kind, points = rows.cell.iloc[0], rows.kind.iloc[0], rows["at"].unique()
     lacking = study.missing[(study.missing.cell == cell)
                             & study.missing.file.str.contains(f"-{kind}-", regex=False)]
     at = lacking.file.str.split("-").str[0].astype(float).round(3)
@@ -97,9 +98,19 @@ def plain(value: float, digits: int) -> str:
     return f"{float(f'{value:.{digits}g}'):g}"
 
 
-def law_of(rows: pd.DataFrame, quantity: str) -> str:
-    """A quantity's average under the law of training, mean over seeds."""
-    return text_of(one(rows[(rows.over == "law") & (rows.quantity == quantity)]), 2)
+def curve(rows: pd.DataFrame, quantity: str, over: str = "sigma") -> pd.DataFrame:
+    """A quantity over levels: the same, by level."""
+    return over_seeds(rows[(rows.quantity == quantity) & (rows.over == over)])
+
+
+def single(rows: pd.DataFrame, quantity: str, over: str = "run") -> dict[str, float]:
+    """A quantity that is one number per run; over "law": its mean under the law of training."""
+    return one(rows[(rows.quantity == quantity) & (rows.over == over)])
+
+
+def measured(rows: pd.DataFrame, quantity: str, over: str = "sigma") -> bool:
+    """Whether a quantity has values over levels."""
+    return len(curve(rows, quantity, over)) > 0
 
 
 def draw(axes: Axes, frame: pd.DataFrame, drawn: Look, label: str | None = None,
@@ -120,16 +131,31 @@ def draw(axes: Axes, frame: pd.DataFrame, drawn: Look, label: str | None = None,
     return True
 
 
+def lines(axes: Axes, rows: pd.DataFrame, colours: dict[str, Any], styles: dict[str, Any],
+          over: str = "sigma", law: str | None = "", positive: bool = True) -> None:
+    """A line per variant that has rows, in file order, and quantity. styles: by quantity, None for
+    the variant's own; law: the quantity whose average under the law of training stands beside the
+    name in the legend, "" for the name alone, None for no entry."""
+    for name in (n for n in colours if (rows.name == n).any()):
+        own = rows[rows.name == name]
+        label = name if law == "" else law and f"{name}: {text_of(single(own, law, 'law'), 2)}"
+        for quantity, style in styles.items():
+            draw(axes, curve(own, quantity, over), look(colours, name), label, style, positive)
+            label = None
+
+
 def t_star(study: Study, cell: str) -> float:
     """t* of the cell's data, from its score errors; nan if unknown or if data are endless."""
     return float(study.score_errors[study.score_errors.cell == cell]["t_star"].mean())
 
 
-def mark(axes: Axes, star: float) -> None:
-    """The line at t*, if it lies within the levels drawn."""
-    low, high = axes.get_xlim()
-    if low < star < high:
-        axes.axvline(star, color=GREY, lw=1.2, ls="-.", label=STAR)
+def mark(study: Study, cell: str, grid: Iterable[Axes]) -> None:
+    """The line at t* in each panel, if it lies within the levels drawn."""
+    star = t_star(study, cell)
+    for axes in grid:
+        low, high = axes.get_xlim()
+        if low < star < high:
+            axes.axvline(star, color=GREY, lw=1.2, ls="-.", label=STAR)
 
 
 def star_text(study: Study, cell: str) -> str:

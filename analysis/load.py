@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,8 @@ RUN_COLUMNS = ("name", "role", "cell", "seed", "id", "folder", "same_as", "state
                *(f"{k}_with_sources" for k in SPEND), "planned_images", "side", "objective",
                "parameters", "sigma_data", "data_digest", "init_digest", "stream_digest")
 ATTEMPT_COLUMNS = ("id", "code", "commit", "dirty", "device", "torch", "python", "host")
-NO_SNAPSHOT = "no snapshot: not measured"
+NO_SNAPSHOT, NOT_YET = "no snapshot: not measured", "not measured yet"
+UNREADABLE = "cannot be read"
 UNTOLD = "no trained.json that can be read tells what it is of"
 MISSING_COLUMNS = ("name", "cell", "seed", "id", "file", "why")
 
@@ -82,6 +83,18 @@ class Study:
         """What a sentence about one cell begins with: its name, where there are several."""
         return f"{cell}: " if len(self.cells) > 1 else ""
 
+    def recipes_of(self, cell: str) -> dict[str, dict[str, Any]]:
+        """A cell's recipes by name, in the order of the study file."""
+        return {r["name"]: r for r in self.recipes if r["cell"] == cell}
+
+    def fixed(self, cell: str) -> set[str]:
+        """The names of a cell's fixed points."""
+        return {n for n, r in self.recipes_of(cell).items() if computed(r)}
+
+    def lasting(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """The rows of runs that did not diverge."""
+        return rows[~rows["id"].isin(self.runs[self.runs.outcome == "diverged"]["id"])]
+
 
 def known(results: Path) -> list[str]:
     """Names of the studies under a results folder, sorted."""
@@ -105,6 +118,11 @@ def find(name: str, results: Path = Path("results")) -> Path:
                      f"study.json; {nearest(Path(name).stem, known(results))}")
 
 
+def _from_file(recipe: dict[str, Any]) -> bool:
+    """Whether a recipe's first weights are those of a file, whose cost no run folder tells."""
+    return (recipe["factors"].get("init") or {}).get("kind") == "weights"
+
+
 def load(folder: Path) -> Study:
     """Everything that a study folder holds. Raises StudyError if study.json cannot be read."""
     plan = _plan(folder / "study.json")
@@ -125,8 +143,10 @@ def load(folder: Path) -> Study:
         recipe, run = plan["recipes"][entry["recipe"]], found[entry["id"]]
         same_as = first.setdefault((recipe["cell"], entry["id"]), recipe["name"])
         charged = math.fsum(spends.get(i, {}).get("images", math.nan) for i in entry["charged"])
-        own = spends[entry["id"]]
-        billed = [own, *(spends.get(i, {}) for i in sorted(sources[entry["id"]]))]
+        own, below_it = spends[entry["id"]], sorted(sources[entry["id"]])
+        billed = [own, *(spends.get(i, {}) for i in below_it)]
+        if any(_from_file(recipe_of[i]) for i in (entry["id"], *below_it) if i in recipe_of):
+            billed.append({})  # what made the weights of a file is not known
         where = (recipe["name"], recipe["cell"], entry["seed"], entry["id"])
         rows["run"].append((
             recipe["name"], recipe["role"], recipe["cell"], entry["seed"], entry["id"],
@@ -147,6 +167,7 @@ def load(folder: Path) -> Study:
                 settings[file] = renamed(record["settings"], names)
         rows["missing"] += [(*where, file, why) for file, why in run.missing.items()
                             if not (computed(recipe) and why == NO_SNAPSHOT)]
+    strays, files = _begun(plan, found)
     attempts = [(i, *(start.get(k) for k in ATTEMPT_COLUMNS[1:]))
                 for i, run in found.items() for start in run.starts]
     return Study(
@@ -163,9 +184,8 @@ def load(folder: Path) -> Study:
         settings=settings,
         attempts=pd.DataFrame(attempts, columns=list(ATTEMPT_COLUMNS)),
         missing=pd.DataFrame(rows["missing"], columns=list(MISSING_COLUMNS)),
-        problems=tuple(problems), strays=tuple(_strays(plan, found)),
-        halves={e["folder"]: found[e["id"]].mixed for e in plan["runs"] if found[e["id"]].mixed},
-        files=_files(plan, found))
+        problems=tuple(problems), strays=tuple(strays), files=files,
+        halves={e["folder"]: found[e["id"]].mixed for e in plan["runs"] if found[e["id"]].mixed})
 
 
 @dataclass
@@ -189,30 +209,27 @@ def _spend(run: _Run, recipe: dict[str, Any]) -> dict[str, float]:
     return {k: number(run.trained.get("spend", {}).get(k)) for k in SPEND}
 
 
-def _strays(plan: dict[str, Any], found: dict[str, _Run]) -> Iterable[str]:
-    """Folders of runs whose recorded inputs differ from what their sources hold now."""
-    for entry in {e["id"]: e for e in plan["runs"]}.values():
-        for source, digest in (found[entry["id"]].trained.get("inputs") or {}).items():
-            now = (found[source].trained.get("sha256") or {}) if source in found else {}
-            if now.get("snapshots/1.000.pt", digest) != digest:
-                yield entry["folder"]
-
-
-def _files(plan: dict[str, Any], found: dict[str, _Run]) -> dict[str, dict[str, list[str]]]:
-    """Folders of the runs that began with weights from a file, by its name and SHA-256."""
+def _begun(plan: dict[str, Any], found: dict[str, _Run]
+           ) -> tuple[list[str], dict[str, dict[str, list[str]]]]:
+    """Folders of runs whose recorded inputs differ from what their sources hold now; and folders
+    of those that began with weights from a file, by its name and SHA-256."""
+    strays: list[str] = []
     files: dict[str, dict[str, list[str]]] = {}
     for entry in {e["id"]: e for e in plan["runs"]}.values():
-        for name, digest in (found[entry["id"]].trained.get("inputs") or {}).items():
-            if name not in found and "." in name:  # a file's name, and no run's id
+        for name, digest in found[entry["id"]].trained.get("inputs", {}).items():
+            if name in found:
+                now = found[name].trained.get("sha256", {})
+                strays += [entry["folder"]] * (now.get("snapshots/1.000.pt", digest) != digest)
+            elif "." in name:  # a file's name, and no run's id
                 files.setdefault(name, {}).setdefault(digest, []).append(entry["folder"])
-    return files
+    return strays, files
 
 
 def _plan(path: Path) -> dict[str, Any]:
-    problems: list[str] = []
-    plan = _read(path, str(path), problems, dict)
-    if plan is None:
-        raise StudyError(problems[0] if problems else f"{path}: no such file")
+    data = content(path)
+    if data is None:
+        raise StudyError(f"{path}: no such file")
+    plan = decoded(data, dict, str(path))
     if plan.get("schema") != SCHEMA:
         raise StudyError(f"{path}: schema: given {plan.get('schema')!r}, allowed {SCHEMA}")
     try:
@@ -242,10 +259,22 @@ def _read_run(folder: Path, entry: dict[str, Any], problems: list[str]) -> _Run:
     relative = f"runs/{entry['folder']}"
     root = folder / relative
 
+    def given(reader: Callable[..., Any], *arguments: object, where: str) -> Any:  # noqa: ANN401
+        """What a reader gives; None where it raises a StudyError, which is then a problem."""
+        try:
+            return reader(*arguments, where=where)
+        except StudyError as error:
+            problems.append(str(error))
+            return None
+
+    def bytes_of(file: str) -> bytes | None:
+        return given(content, Path(f"{root}/{file}"), where=f"{relative}/{file}")
+
     def read(file: str, shape: type = dict) -> dict[str, Any] | None:
-        record = _read(f"{root}/{file}", f"{relative}/{file}", problems, shape)
+        data, where = bytes_of(file), f"{relative}/{file}"
+        record = None if data is None else given(decoded, data, shape, where=where)
         if record is not None and record.get("id") != entry["id"]:
-            problems.append(f"{relative}/{file}: belongs to id {record.get('id')!r}, "
+            problems.append(f"{where}: belongs to id {record.get('id')!r}, "
                             f"not to {entry['id']!r}; not used")
             return None
         return record
@@ -255,49 +284,44 @@ def _read_run(folder: Path, entry: dict[str, Any], problems: list[str]) -> _Run:
                     "")
     side = str((read("run.json") or {}).get("role", ""))
     trained = read("trained.json", Trained) or {}
-    attempts = _bytes(root / "attempts.jsonl", f"{relative}/attempts.jsonl", problems)
-    events = list(_lines(attempts or b"", f"{relative}/attempts.jsonl", problems))
+    attempts = bytes_of("attempts.jsonl")
+    lines = [given(decoded, line, dict, where=f"{relative}/attempts.jsonl: line {i}")
+             for i, line in enumerate((attempts or b"").splitlines(), start=1)]
+    events = [line for line in lines if line is not None]
     reason = next((str(e.get("reason", "")) for e in reversed(events)
                    if e.get("event") in ("start", "end")), "")
-    points = {round(number(s.get("at")), 3) for s in trained.get("snapshots", [])}
+    points = {f"{number(s.get('at')):.3f}" for s in trained.get("snapshots", [])}
     folder = root / "measures"
     there = {*os.listdir(folder)} & {*entry["measures"]} if folder.is_dir() else set()
     if there and not (root / "trained.json").exists():  # it vouches for weights, data and bill
         problems.append(f"{relative}/trained.json: not there; its measurements are not used")
     diverged = trained.get("outcome") == "diverged"
-    records, missing, undone = {}, {}, False
+    records, missing = {}, {}
     for file in entry["measures"]:
-        record = None
-        if trained and file in there:
-            record = read(f"measures/{file}", Record)
-            if record is not None and foreign(trained, file, record):
-                problems.append(f"{relative}/measures/{file}: of other weights than the run's; "
-                                "not used")
-                record = None
+        used = trained and file in there
+        record = read(f"measures/{file}", Record) if used else None
+        if record is not None and foreign(trained, file, record):
+            problems.append(f"{relative}/measures/{file}: of other weights than the run's; "
+                            "not used")
+            record = None
         if record is not None:
             records[f"{relative}/measures/{file}"] = record
-        elif trained and file in there:
-            missing[file], undone = "cannot be read", True
+        elif used:
+            missing[file] = UNREADABLE
         elif not trained or diverged:
             missing[file] = "diverged" if diverged else UNTOLD if file in there else "not trained"
-        elif number(_float(file.split("-")[0])) in points:
-            missing[file], undone = "not measured yet", True
         else:
-            missing[file] = NO_SNAPSHOT
-    try:
-        picture(root / "samples.png", f"{relative}/samples.png")
-    except StudyError as error:
-        problems.append(str(error))
-    if trained and not undone:
+            missing[file] = NOT_YET if file.split("-")[0] in points else NO_SNAPSHOT
+    given(picture, root / "samples.png", where=f"{relative}/samples.png")
+    if trained and not {UNREADABLE, NOT_YET} & {*missing.values()}:
         state = "done"
     elif reason not in ("", "done", "stopped"):
         state = "failed"
     else:
         state = "unfinished" if trained or events else "pending"
-    steps = _bytes(root / "steps.jsonl", f"{relative}/steps.jsonl", problems)
     return _Run(trained, side, [e for e in events if e.get("event") == "start"],
                 str(trained.get("reason") or reason), records, missing, state,
-                mixed(trained, attempts, steps) or "")
+                mixed(trained, attempts, bytes_of("steps.jsonl")) or "")
 
 
 def _closure(start: str, below: dict[str, set[str]]) -> set[str]:
@@ -310,41 +334,3 @@ def _closure(start: str, below: dict[str, set[str]]) -> set[str]:
             seen.add(current)
             todo += below.get(current, ())
     return seen
-
-
-def _float(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def _read(path: Path | str, label: str, problems: list[str], shape: type
-          ) -> dict[str, Any] | None:
-    """One JSON object; None if the file is missing, or broken or of another shape (then named in
-    `problems`).
-    """
-    try:
-        data = content(Path(path), where=label)
-        return None if data is None else decoded(data, shape, label)
-    except StudyError as error:
-        problems.append(str(error))
-        return None
-
-
-def _bytes(path: Path, label: str, problems: list[str]) -> bytes | None:
-    """A file's bytes; None if it is missing, or broken (then named in `problems`)."""
-    try:
-        return content(path, where=label)
-    except StudyError as error:
-        problems.append(str(error))
-        return None
-
-
-def _lines(data: bytes, label: str, problems: list[str]) -> Iterable[dict[str, Any]]:
-    """The JSON objects of a .jsonl file; a broken line is named and skipped."""
-    for index, line in enumerate(data.splitlines(), start=1):
-        try:
-            yield decoded(line, dict, f"{label}: line {index}")
-        except StudyError as error:
-            problems.append(str(error))

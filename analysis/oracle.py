@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from analysis import tables, words
 from analysis.document import Block, Table
-from analysis.levels import one, stands_on
+from analysis.levels import rows_of, single, stands_on
 from analysis.load import Study
 from analysis.recipes import computed, counterparts, end
 from analysis.style import GREY, MARKERS, Drawn, plain_log
@@ -27,7 +27,7 @@ AXES = (("discretization", "grid points $N$"), ("score", "draws $K$ in the score
 def recipes_of(study: Study, cell: str) -> dict[str, Any]:
     """The cell's recipes by name, of variants whose runs have another name too that one alone."""
     names = tables.variants(study, cell)
-    return {r["name"]: r for r in study.recipes if r["cell"] == cell and r["name"] in names}
+    return {n: r for n, r in study.recipes_of(cell).items() if n in names}
 
 
 def place(factors: dict[str, Any], axis: str) -> float:
@@ -68,22 +68,13 @@ def method(factors: dict[str, Any], axis: str = "") -> str:
     return ", ".join(filter(None, parts))
 
 
-def rows_of(study: Study, cell: str) -> pd.DataFrame:
-    """The pushforwards at the end of every variant, by the first average of the weights."""
-    rows = study.instruments
-    gone = study.runs[study.runs.outcome == "diverged"]["id"]
-    rows = rows[(rows.kind == "pushforward") & (rows.cell == cell) & (rows.role == "variant")
-                & (rows["at"] == 1) & ~rows["id"].isin(gone)]
-    return rows[rows.ema.isin(rows.ema.iloc[:1])]
-
-
 def _value(rows: pd.DataFrame, name: str, quantity: str) -> dict[str, float]:
-    return one(rows[(rows.name == name) & (rows.quantity == quantity) & (rows.over == "run")])
+    return single(rows[rows.name == name], quantity)
 
 
-def bias(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any]) -> Drawn:
+def bias(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
     """Bias of fixed points against N, K and the distance, trained runs beside them."""
-    recipes, rows = recipes_of(study, cell), rows_of(study, cell)
+    recipes, rows = recipes_of(study, cell), rows_of(study, cell, "pushforward")
     recipes = {n: r for n, r in recipes.items() if (rows.name == n).any()}
     columns = [(axis, label, series(recipes, axis)) for axis, label in AXES]
     columns = [c for c in columns if c[2]]
@@ -125,7 +116,7 @@ def bias(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any]) -> D
         "a mean square (at the right). Open points are trained networks of the same factors, from "
         "the smallest to the largest seed: a point on its line has no training error left. "
         "Dotted: a fall like the root of N or K, which the noise of CT's steps gives. What is 0 "
-        "is not drawn. " + stands_on(study, cell, "pushforward", rows)), None
+        "is not drawn. " + stands_on(study, rows)), None
 
 
 def _position(recipes: dict[str, Any], axis: str, name: str) -> float:
@@ -179,7 +170,7 @@ def _guide(axes: Axes) -> None:
 
 def blocks(study: Study, cell: str) -> list[Block]:
     """The table of fixed points, and that of trained variants beside theirs."""
-    recipes, rows = recipes_of(study, cell), rows_of(study, cell)
+    recipes, rows = recipes_of(study, cell), rows_of(study, cell, "pushforward")
     fixed = [n for n, r in recipes.items() if computed(r) and (rows.name == n).any()]
     body = []
     for name in fixed:

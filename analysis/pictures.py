@@ -6,7 +6,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from study.bounded import content
 from study.errors import StudyError
@@ -25,5 +25,7 @@ def picture(path: Path, where: str) -> np.ndarray | None:
             if max(image.size) > LARGEST:
                 raise ValueError(f"{image.width} x {image.height} pixels; allowed: {LARGEST}")
             return np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+    except UnidentifiedImageError:  # its message holds an address in memory
+        raise StudyError(f"{where}: cannot be read: no PNG") from None
     except Exception as error:  # decoders raise whatever a torn file leads them to
         raise StudyError(f"{where}: cannot be read: {error}") from None

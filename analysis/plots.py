@@ -18,14 +18,13 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from analysis import instruments, oracle, probes, shared, stats, tables, trajectories, words
+from analysis import instruments, oracle, probes, shared, stats, tables, words
 from analysis.files import REPORTED, WITH_FLOOR
-from analysis.identities import apart
+from analysis.identities import apart, points
 from analysis.load import Study
-from analysis.recipes import computed
-from analysis.style import GREY, PALE, STYLE, Drawn, capital, look, palette, save
+from analysis.style import GREY, PALE, STYLE, Drawn, capital, look, palette, panels, save
 
 WIDE_TICKS = (-93.75, -87.5, -75, -50, 0, 100, 300, 700, 1500)  # percent: powers of two
 DRAWN = 40  # effects; more stand in comparisons.csv
@@ -47,7 +46,7 @@ def draw_all(study: Study, table: pd.DataFrame, folder: Path) -> dict[str, list[
     colours = palette(study)
     found: dict[str, list[Picture]] = {}
     for cell in study.cells:
-        for name, draw in (("effects", _effects), ("curves", _curves),
+        for name, draw in (("effects", partial(_effects, table)), ("curves", _curves),
                            ("score_error", probes.score), ("map_error", probes.map_error),
                            ("gradient_noise", instruments.noise),
                            ("gradient_parts", instruments.parts),
@@ -55,10 +54,10 @@ def draw_all(study: Study, table: pd.DataFrame, folder: Path) -> dict[str, list[
                            ("gradient_cosine", instruments.cosine),
                            ("gradient_slopes", instruments.slopes),
                            ("gradient_rounding", instruments.rounding),
-                           ("trajectories", trajectories.ends), ("drift", trajectories.drift),
+                           ("trajectories", instruments.ends), ("drift", instruments.drift),
                            ("fixed_points", oracle.bias), ("samples", probes.samples)):
             with matplotlib.rc_context(STYLE):
-                drawn = draw(study, table, cell, colours)
+                drawn = draw(study, cell, colours)
                 if drawn:
                     figure, caption, ids = drawn
                     file = f"{name}-{cell}.png"
@@ -68,7 +67,7 @@ def draw_all(study: Study, table: pd.DataFrame, folder: Path) -> dict[str, list[
     return found
 
 
-def preview(study: Study, table: pd.DataFrame, path: Path) -> bool:
+def preview(study: Study, table: pd.DataFrame, path: Path) -> None:
     """One wide picture of the first cell that has comparisons: effects, curve, samples."""
     colours = palette(study)
     for cell in study.cells:
@@ -92,8 +91,7 @@ def preview(study: Study, table: pd.DataFrame, path: Path) -> bool:
             for part in below:
                 probes.strip(part, files, colours)
             save(figure, path)
-        return True
-    return False
+        return
 
 
 def shown(study: Study, table: pd.DataFrame, cell: str) -> pd.DataFrame:
@@ -116,16 +114,16 @@ def forest(axes: Axes, rows: pd.DataFrame, colours: dict[str, Any], metric: str,
     reach = []
     for i, row in rows.iterrows():
         colour = colours[row.variant]
-        points = [float(p.split(":")[1]) for p in row["points"].split()]
+        seeds = [*points(row).values()]
         axes.plot([row.low_pooled, row.high_pooled], [i, i], color=colour, lw=1, alpha=0.9)
         axes.plot([row.low, row.high], [i, i], color=colour, lw=4.5, alpha=0.35,
                   solid_capstyle="butt")
-        axes.plot(points, [i + 0.2] * len(points), "o", ms=3.5, color=colour, alpha=0.75, mew=0)
+        axes.plot(seeds, [i + 0.2] * len(seeds), "o", ms=3.5, color=colour, alpha=0.75, mew=0)
         axes.plot(row.effect, i, "D", ms=6, color=colour, mec="white", mew=0.8)
-        reach += [*points, *(x for x in (row.low_pooled, row.high_pooled) if x == x)]
-        wide = max(abs(p - row.effect) for p in points)  # a wild t interval must not set the scale
+        reach += [*seeds, *(x for x in (row.low_pooled, row.high_pooled) if x == x)]
+        wide = max(abs(x - row.effect) for x in seeds)  # a wild t interval must not set the scale
         reach += [x for x in (row.low, row.high) if abs(x - row.effect) < 3 * wide + 1e-12]
-        axes.text(1.02, i, f"{(words.percent_text if log else words.signed)(row.effect)}"
+        axes.text(1.02, i, f"{words.change(row.effect, log)}"
                   f"   {row.n}/{row.planned}", transform=axes.get_yaxis_transform(), va="center",
                   fontsize=9, weight="bold" if row.role == "primary" else None)
     low, high = min([*reach, 0.0]), max([*reach, 0.0])
@@ -152,8 +150,7 @@ def forest(axes: Axes, rows: pd.DataFrame, colours: dict[str, Any], metric: str,
     axes.set_xlabel(what + r"   (better $\leftarrow$ 0 $\rightarrow$ worse)")
 
 
-def _effects(study: Study, table: pd.DataFrame, cell: str,
-             colours: dict[str, Any]) -> Drawn:
+def _effects(table: pd.DataFrame, study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
     rows, endpoint = shown(study, table, cell), tables.shown_endpoint(study, cell)
     rows = rows[rows["n"] > 0].head(DRAWN)
     if endpoint is None or rows.empty:
@@ -175,13 +172,12 @@ def _effects(study: Study, table: pd.DataFrame, cell: str,
 def curve(axes: Axes, study: Study, cell: str, endpoint: dict[str, Any], colours: dict[str, Any]
           ) -> list[str]:
     """Metric against own + charged images; returns the ids of the runs drawn."""
-    every = {r["name"]: r for r in study.recipes if r["cell"] == cell}
-    names = [n for n in tables.variants(study, cell) if not computed(every[n])]
+    fixed = study.fixed(cell)
+    names = [n for n in tables.variants(study, cell) if n not in fixed]
     where = {k: v for k, v in endpoint.items() if k != "at"}
     rows = tables.select(study.measures[study.measures.cell == cell], where)
-    gone = study.runs[study.runs.outcome == "diverged"]["id"]
-    rows = rows[rows.name.isin(names) & ~rows["id"].isin(gone) & rows["value"].notna()
-                & rows.images_total.notna()]
+    rows = study.lasting(rows[rows.name.isin(names) & rows["value"].notna()
+                              & rows.images_total.notna()])
     if rows.empty:
         return []
     what = rows.identity.mode()[0]
@@ -231,15 +227,14 @@ def curve(axes: Axes, study: Study, cell: str, endpoint: dict[str, Any], colours
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     first, end = rows.images_total.min(), rows.images_total.max()
     axes.set_xlim(max(first - 0.06 * (end - first), 0) if end > first else 0)
     axes.set_xlabel("training images, own + charged")
     return list(rows["id"])
 
 
-def _curves(study: Study, table: pd.DataFrame, cell: str,
-             colours: dict[str, Any]) -> Drawn:
+def _curves(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
     main = tables.shown_endpoint(study, cell)
     if main is None:
         return None
@@ -247,21 +242,16 @@ def _curves(study: Study, table: pd.DataFrame, cell: str,
                           & study.measures.ema.isin([main["ema"], ""])
                           & ~study.measures.metric.isin(REPORTED)]
     rows = rows[rows.reference.isin([main["reference"], ""]) | (main["reference"] == "")]
-    fixed = study.runs[study.runs.objective == "fixed_point"]["id"]
-    rows = rows[~rows["id"].isin(fixed)]
+    rows = rows[~rows.name.isin(study.fixed(cell))]
     keys = rows.groupby(["metric", "nfe", "ema", "reference"], sort=False, dropna=False)
     ends = [dict(zip(keys.keys, key, strict=True)) for key, g in keys if g["at"].nunique() > 1]
     if not ends:
         return None
     columns = min(len(ends), 2)
-    tall = math.ceil(len(ends) / columns)
-    figure = Figure(figsize=(4.9 * columns + 0.4, 3.7 * tall), layout="constrained")
-    grid, ids = figure.subplots(tall, columns, squeeze=False).flat, []
-    for axes, end in zip(grid, ends, strict=False):
+    (figure, grid), ids = panels(len(ends), columns, 4.9 * columns + 0.4, 3.7), []
+    for axes, end in zip(grid, ends, strict=True):
         ids += curve(axes, study, cell, end, colours)
         axes.set_title(capital(tables.title(end["metric"], end["nfe"])))
-    for axes in figure.axes[len(ends):]:
-        axes.axis("off")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper")
     return figure, ("Lines are means over seeds (geometric where the axis is logarithmic), small "
@@ -271,10 +261,3 @@ def _curves(study: Study, table: pd.DataFrame, cell: str,
                     "images are those of sources counted against the variant's own budget; a "
                     "dashed curve ends at another sum and is not matched. "
                     + words.seen(study, rows)).rstrip(), ids
-
-
-def _thousands(value: float, _: int) -> str:
-    for size, unit in ((1e6, " M"), (1e3, " k")):
-        if abs(value) >= size:
-            return f"{value / size:g}{unit}"
-    return f"{value:g}"

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 
 from analysis import tables, words
@@ -21,7 +20,7 @@ from analysis.load import Study
 from analysis.pictures import picture
 from analysis.recipes import endless
 from analysis.records import renamed
-from analysis.style import GREY, INK, Drawn, capital, look
+from analysis.style import GREY, INK, STAR, Drawn, capital, legend, look, panels
 from study.errors import StudyError
 
 SCORE_PANELS = (("variance", "variance of the estimate given $x_t$"),
@@ -32,31 +31,28 @@ SCORE_PANELS = (("variance", "variance of the estimate given $x_t$"),
 SMALLEST = 1e-6  # of the largest value in a panel: what lies below is rounding
 
 
-def score(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any]) -> Drawn:
+def score(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
     """Variance and error of each score's estimate against sigma, one panel per quantity.
 
     A score is measured once, in the folder of one run; its curve is labelled with the score and
     all variants that use it.
     """
     rows = study.score_errors[study.score_errors.cell == cell]
-    panels = [(k, label) for k, label in SCORE_PANELS if rows[k].notna().any()]
-    if not panels:
+    shown = [(k, label) for k, label in SCORE_PANELS if rows[k].notna().any()]
+    if not shown:
         return None
     groups = _by_score(study, cell, rows, list(colours))
-    columns = len(panels) if len(panels) < 5 else 3
-    tall = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(3.7 * columns + 0.6, 3.3 * tall + 0.8), layout="constrained")
-    grid = list(figure.subplots(tall, columns, squeeze=False, sharex=True).flat)
-    for axes in grid[len(panels):]:
-        axes.axis("off")
-    for axes in grid[:len(panels)]:
-        axes.tick_params(labelbottom=True)
+    columns = len(shown) if len(shown) < 5 else 3
+    figure, grid = panels(len(shown), columns, 3.7 * columns + 0.6, 3.3, 0.8, sharex=True)
     posterior = rows.groupby("sigma")["posterior_variance"].mean()
     hidden = False
-    for axes, (key, label) in zip(grid, panels, strict=False):
+    for axes, (key, label) in zip(grid, shown, strict=True):
+        axes.tick_params(labelbottom=True)
         top, before = np.nanmax([rows[key].max(), posterior.max()]), []
         if key == "effective_samples":
-            _effective(axes, rows)
+            sizes = rows.groupby("sigma")["effective_samples"].mean()  # one line for all scores
+            axes.plot(sizes.index, sizes, color=INK, marker="o", ms=4, mew=0)
+            axes.axhline(1, color=GREY, lw=1)
         for text, sharing, group in groups if f"{key}_se" in rows else ():
             group = group.assign(square=group[f"{key}_se"] ** 2)
             curve_ = group.groupby("sigma").agg(
@@ -84,15 +80,14 @@ def score(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any]) -> 
             axes.plot(posterior.index, posterior.where(posterior > 0), color=INK, lw=1, ls=":",
                       label=r"posterior variance $E\,\mathrm{Tr\,Cov}[x\,|\,x_t]$")
         if rows.t_star.max() > 0:
-            axes.axvline(rows.t_star.mean(), color=GREY, lw=1.2, ls="-.", label="$t^*$")
+            axes.axvline(rows.t_star.mean(), color=GREY, lw=1.2, ls="-.", label=STAR)
         axes.set(xscale="log", yscale="log", xlabel=r"noise level $\sigma$",
                  xlim=(rows.sigma.min() / 1.5, rows.sigma.max() * 1.5))
         if top > 0 and f"{key}_se" in rows:
             axes.set_ylim(max(axes.get_ylim()[0], SMALLEST * top), 3 * top)
         axes.set_title(capital(label), fontsize=10)
     grid[0].set_ylabel(f"denoiser units, summed over d = {rows.dimension.iloc[0]:.0f}")
-    handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
+    legend(figure, grid[:1], 2)
     star = rows.t_star.mean()
     caption = ("Error of each score's estimate D^ of E[x | x_t]; divide by sigma^2 for velocity "
                "units, by sigma^4 for score units. Not drawn: what lies within two standard "
@@ -123,13 +118,6 @@ def score(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any]) -> 
                     "scores."), None
 
 
-def _effective(axes: Axes, rows: pd.DataFrame) -> None:
-    """How many images the posterior holds: a property of the data, one line for all scores."""
-    sizes = rows.groupby("sigma")["effective_samples"].mean()
-    axes.plot(sizes.index, sizes, color=INK, marker="o", ms=4, mew=0)
-    axes.axhline(1, color=GREY, lw=1)
-
-
 def _by_score(study: Study, cell: str, rows: pd.DataFrame, names: list[str]
               ) -> list[tuple[str, list[str], pd.DataFrame]]:
     """(the score in words, the variants that use it, its rows) per score, in file order."""
@@ -151,12 +139,11 @@ def _by_score(study: Study, cell: str, rows: pd.DataFrame, names: list[str]
     return [(t, sharing.get(t, []), pd.concat(found[t])) for t in order if t in found]
 
 
-def map_error(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any]) -> Drawn:
+def map_error(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
     """Distance of each variant to the exact consistency map against sigma."""
     rows = study.map_errors[(study.map_errors.cell == cell)
                             & study.map_errors.name.isin(tables.variants(study, cell))]
-    gone = study.runs[study.runs.outcome == "diverged"]["id"]
-    rows = rows[(rows["at"] == rows["at"].max()) & ~rows["id"].isin(gone)]
+    rows = study.lasting(rows[rows["at"] == rows["at"].max()])
     rows = rows[rows.ema.isin(rows.ema.iloc[:1])]
     if rows.empty:
         return None
@@ -216,7 +203,7 @@ def strip(figure: Figure | SubFigure, files: list[tuple[str, str, Path]],
         axes.set_title(name, fontsize=11, color=colours[name], loc="center")
 
 
-def samples(study: Study, _: pd.DataFrame, cell: str, colours: dict[str, Any]) -> Drawn:
+def samples(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
     """The strip of samples of one seed."""
     files = sample_files(study, cell)
     if not files:

@@ -10,6 +10,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import zip_longest
 from typing import Any
 
 from analysis.files import AXES, BESIDE, PER_SIGMA, SCALARS
@@ -50,12 +51,10 @@ def identity(settings: dict[str, Any], data_digest: str | None) -> str:
 
     Only values of equal identity may be compared or averaged.
     """
-    inner = [f"{k}={v if isinstance(v, str) else json.dumps(v, sort_keys=True)}"
-             for k, v in sorted(settings.items())
-             if k not in ("kind", "at") and not isinstance(v, dict | list) and v is not None]
-    lists = [f"{k}={json.dumps(v, sort_keys=True)}" for k, v in sorted(settings.items())
-             if isinstance(v, dict | list)]
-    return f"{settings['kind']}[{', '.join([*inner, *lists, f'data_digest={data_digest}'])}]"
+    known = sorted(settings.items(), key=lambda item: (isinstance(item[1], dict | list), item[0]))
+    parts = [f"{k}={v if isinstance(v, str) else json.dumps(v, sort_keys=True)}"
+             for k, v in known if k not in ("kind", "at") and v is not None]
+    return f"{settings['kind']}[{', '.join([*parts, f'data_digest={data_digest}'])}]"
 
 
 def spread(rows: dict[str, list[tuple]], where: tuple, role: str, extra: tuple[float, float],
@@ -113,8 +112,10 @@ def _long(axis: str, record: dict[str, Any]) -> Iterator[tuple[str, float, str, 
             continue
         if isinstance(given, list) and not key.endswith("_se"):
             values, errors = numbers(given), numbers(record.get(f"{key}_se"))
-            for i, level in enumerate(levels or range(len(values))):
-                yield axis, float(level), key, _at(values, i), _at(errors, i)
+            at = levels or range(len(values))
+            for level, value, se in zip_longest(at, values[:len(at)], errors[:len(at)],
+                                                fillvalue=math.nan):
+                yield axis, float(level), key, value, se
         elif key == "law" and isinstance(given, dict):
             yield from _scalars("law", given)
     yield from _scalars("run", {k: v for k, v in record.items() if k not in BESIDE})
@@ -126,7 +127,3 @@ def _scalars(over: str, given: dict[str, Any]) -> Iterable[tuple[str, float, str
             for key, value in given.items()
             if number(value) == number(value)
             and not (key.endswith("_se") and key[:-3] in given)]
-
-
-def _at(values: list[float], i: int) -> float:
-    return values[i] if i < len(values) else math.nan

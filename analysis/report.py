@@ -22,13 +22,13 @@ from analysis.document import Block, Figure, Items, Link, Section, Table, Text, 
 from analysis.files import WITH_FLOOR
 from analysis.identities import standing
 from analysis.load import Study
-from analysis.recipes import computed
 from analysis.shared import owed
 from analysis.style import capital
 from study.bounded import check_entries
 from study.errors import StudyError, several
 
 OPTIONAL = ("map_error", "instruments", "mean_and_noise")  # files only where there are data
+STATES = ("done", "failed", "unfinished", "pending")
 LISTED = 20  # entries of a list before it says "and N more"
 ALT = {"effects": "effects with intervals", "curves": "metric against budget",
        "score_error": "score error against sigma", "map_error": "map error against sigma",
@@ -112,18 +112,17 @@ def _completeness(study: Study) -> list[Block]:
     counts = runs["state"].value_counts()
     diverged = int((runs.outcome == "diverged").sum())
     detail = ", ".join(f"{counts.get(s, 0)} {s}" + (f" ({diverged} of them diverged)" if
-                       s == "done" and diverged else "")
-                       for s in ("done", "failed", "unfinished", "pending"))
+                       s == "done" and diverged else "") for s in STATES)
     rows = []
     for (cell, name), group in study.runs.groupby(["cell", "name"], sort=False):
         state = group["state"].value_counts()
         lacking = study.missing[(study.missing.cell == cell) & (study.missing.name == name)]
         rows.append((str(cell), str(name), group["role"].iloc[0], str(len(group)),
-                     *(str(state.get(s, 0)) for s in ("done", "failed", "unfinished", "pending")),
+                     *(str(state.get(s, 0)) for s in STATES),
                      str((group.outcome == "diverged").sum()), str(len(lacking)),
                      ", ".join(x for x in group.same_as.unique() if x)))
-    header = ("cell", "name", "role", "planned", "done", "failed", "unfinished", "pending",
-              "diverged", "measurements missing", "same runs as")
+    header = ("cell", "name", "role", "planned", *STATES, "diverged", "measurements missing",
+              "same runs as")
     keep = [k for k in range(len(header)) if k < 5 or any(row[k] not in ("0", "") for row in rows)]
     blocks: list[Block] = [
         Text(f"{several(len(runs), 'run')} planned: {detail}. Unfinished means running or "
@@ -151,9 +150,8 @@ def _comparisons(study: Study, table: pd.DataFrame, mismatches: list[ledger.Mism
         header = ["compared", "differs in", "effect", "95 % interval", "95 % pooled", "seeds",
                   *(["Holm p", "sign-flip p", "verdict"] if verdicts else []),
                   "images equal", "with sources"]
-        show = words.percent_text if log else words.signed
-        body = [(f"{r.variant} − {r.baseline}" + (f", on {on}" if (on := standing(r)) else ""),
-                 r.differs, show(r.effect) if r.n else "–",
+        body = [(f"{r.variant} − {r.baseline}" + standing(r, ", on {}"),
+                 r.differs, words.change(r.effect, log) if r.n else "–",
                  words.interval(r.low, r.high, log),
                  words.interval(r.low_pooled, r.high_pooled, log),
                  f"{r.n}/{r.planned}" + (f", {r.diverged} diverged" if r.diverged else ""),
@@ -174,8 +172,7 @@ def _comparisons(study: Study, table: pd.DataFrame, mismatches: list[ledger.Mism
                            "claim that A is worse is refuted: the 95 % upper bound lies below the "
                            "margin. Holm's adjustment over all but the primary guards "
                            '"supported" only.')
-        fixed = {r["name"] for r in study.recipes if r["cell"] == cell and computed(r)}
-        if (rows.variant.isin(fixed) | rows.baseline.isin(fixed)).any():
+        if rows[["variant", "baseline"]].isin(study.fixed(cell)).any(axis=None):
             caption.append("Against a fixed point, which is computed without training, what is "
                            "left is the network's own error.")
         if (rows.equal_variances_p < 0.05).any():

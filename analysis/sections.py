@@ -4,23 +4,23 @@ for the measurement."""
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
+from functools import partial
 
 import pandas as pd
 
-from analysis import oracle, tables, trajectories
+from analysis import oracle, tables
 from analysis.document import Block, Items, Section, Table, Text
-from analysis.identities import PATHS
-from analysis.instruments import compared
+from analysis.identities import PATHS, settings
+from analysis.instruments import compared, there
 from analysis.levels import (
     ERROR,
     OWN,
     RATIO,
-    one,
-    over_seeds,
+    curve,
     planned,
     rows_of,
+    single,
     stands_on,
     star_text,
     text_of,
@@ -33,16 +33,40 @@ ALT = {"gradient_noise": "noise of the gradient against t", "gradient_parts": "o
        "gradient_rounding": "error of half precision against t",
        "trajectories": "distance to the end", "drift": "drift along trajectories",
        "fixed_points": "bias of fixed points"}
-NOISE = (("rho", "rho"), ("rho_adam", "rho, Adam's metric"), ("estimator", "estimate"),
-         ("dropout", "dropout"), ("draw", "draw"), ("total", "total"), ("snr", "signal / noise"))
-COSINE = (("cosine", "cosine"), ("snr_score", "signal / noise, first"),
-          ("snr_against", "signal / noise, second"))
-SLOPES = (("slope_loss", "losses, fitted"), ("predicted_slope_loss", "losses, predicted"),
-          ("slope_gradient", "gradients, fitted"),
-          ("predicted_slope_gradient", "gradients, predicted"))
-ROUNDING = (("error", "one batch"), ("bias", "mean gradient"),
-            ("error_over_noise", "error / noise"), ("cosine_batch", "cosine, one batch"),
-            ("residual_error", "step"), ("step_over_c", "step over c"))
+GRADIENT = {  # columns, what they stand over, caption
+    "gradient_noise": (
+        (("rho", "rho"), ("rho_adam", "rho, Adam's metric"), ("estimator", "estimate"),
+         ("dropout", "dropout"), ("draw", "draw"), ("total", "total"), ("snr", "signal / noise")),
+        "law",
+        f"under the law of training, means over seeds {ERROR}. rho is the estimate's "
+        "share of the variance; estimate, dropout, draw and total are variances of one image's "
+        "gradient, summed over parameters; signal / noise is the squared mean gradient over the "
+        f"total. {RATIO} {OWN} {{star}}"),
+    "gradient_cosine": (
+        (("cosine", "cosine"), ("snr_score", "signal / noise, first"),
+         ("snr_against", "signal / noise, second")),
+        "law",
+        "mean gradients of {first} (first) and {second} (second) at the same weights under the "
+        f"law of training, noise removed; means over seeds {ERROR}. {OWN} {{star}}"),
+    "gradient_slopes": (
+        (("slope_loss", "losses, fitted"), ("predicted_slope_loss", "losses, predicted"),
+         ("slope_gradient", "gradients, fitted"),
+         ("predicted_slope_gradient", "gradients, predicted")),
+        "run",
+        "slopes in ln N of the relative differences of losses and mean gradients of {first} and "
+        f"{{second}}; means over seeds {ERROR}. –: no slope is predicted, or none "
+        "could be fitted."),
+    "gradient_rounding": (
+        (("error", "one batch"), ("bias", "mean gradient"),
+         ("error_over_noise", "error / noise"), ("cosine_batch", "cosine, one batch"),
+         ("residual_error", "step"), ("step_over_c", "step over c")),
+        "law",
+        "gradients in each variant's own half precision against float32 ones at the same weights "
+        f"on the same batches, under the law of training; means over seeds {ERROR}. Relative "
+        "errors: of one batch's gradient (rms), of the mean gradient with noise removed (–: "
+        "noise left its square negative), and of the step f(x_t, t) - f^-(x_r, r) (rms over "
+        "images). Error / noise: over the standard deviation of a batch's gradient, far below "
+        f"which rounding is lost in the noise. {OWN}")}
 MEMORY = (("value", "nearer to training images"), ("null_se", "by luck ±"),
           ("excess", "excess, whole training set"), ("excess_null_se", "by luck ±"),
           ("nearest_train", "distance to training images"),
@@ -55,10 +79,12 @@ def sections(study: Study, figures: Callable[[str], list[Block]]) -> list[Sectio
     made = []
     for title, kinds, drawn, table in (
             ("Noise of the gradient", ("gradient_noise",),
-             ("gradient_noise", "gradient_parts", "gradient_step"), noise),
-            ("Direction of the gradient", ("gradient_cosine",), ("gradient_cosine",), cosine),
-            ("Losses and gradients against N", ("gradient_slopes",), ("gradient_slopes",), slopes),
-            ("Half precision", ("gradient_rounding",), ("gradient_rounding",), rounding),
+             ("gradient_noise", "gradient_parts", "gradient_step"),
+             partial(gradient, "gradient_noise")),
+            *((title, (kind,), (kind,), partial(gradient, kind)) for title, kind in (
+                ("Direction of the gradient", "gradient_cosine"),
+                ("Losses and gradients against N", "gradient_slopes"),
+                ("Half precision", "gradient_rounding"))),
             ("One trajectory, one output", ("trajectories",), ("trajectories", "drift"), paths),
             ("Fixed points", ("pushforward",), ("fixed_points",), oracle.blocks),
             ("Memorisation and coverage", ("memorisation", "coverage"), (), samples)):
@@ -71,108 +97,60 @@ def sections(study: Study, figures: Callable[[str], list[Block]]) -> list[Sectio
     return made
 
 
-def _law_table(study: Study, cell: str, kind: str, columns: tuple[tuple[str, str], ...],
-               over: str, caption: str) -> list[Block]:
+def gradient(kind: str, study: Study, cell: str) -> list[Block]:
     """One row per variant and point of training, means over seeds; columns without a number are
     left out."""
+    columns, over, caption = GRADIENT[kind]
     rows = rows_of(study, cell, kind, last=False)
-    single = rows[rows.over == over]
-    columns = tuple(c for c in columns if (single.quantity == c[0]).any())
+    columns = tuple(c for c in columns if
+                    ((rows.quantity == c[0]) & (rows.over == over)).any())
     if not columns:
         return []
     body, points = [], sorted(rows["at"].unique())
     for name in dict.fromkeys(rows.name):
         for at in points:
-            own = single[(single.name == name) & (single["at"] == at)]
-            entries = [one(own[own.quantity == q]) for q, _ in columns]
-            if own.empty:
-                continue
-            body.append((str(name), *([f"{100 * at:g} %"] if len(points) > 1 else []),
-                         *(text_of(e) for e in entries), f"{own['id'].nunique()}"))
+            own = rows[(rows.name == name) & (rows["at"] == at) & (rows.over == over)]
+            if len(own):
+                body.append((str(name), *([f"{100 * at:g} %"] if len(points) > 1 else []),
+                             *(text_of(single(own, q, over)) for q, _ in columns),
+                             f"{own['id'].nunique()}"))
     header = ("variant", *(["at"] if len(points) > 1 else []), *(c[1] for c in columns), "seeds")
-    return [Table(header, tuple(body), f"{cell}: {caption} "
-                  + stands_on(study, cell, kind, rows))]
-
-
-def noise(study: Study, cell: str) -> list[Block]:
-    """Parts of the gradient's variance under the law of training."""
-    return _law_table(
-        study, cell, "gradient_noise", NOISE, "law",
-        f"under the law of training, means over seeds {ERROR}. rho is the estimate's "
-        "share of the variance; estimate, dropout, draw and total are variances of one image's "
-        "gradient, summed over parameters; signal / noise is the squared mean gradient over the "
-        f"total. {RATIO} {OWN} " + star_text(study, cell))
-
-
-def cosine(study: Study, cell: str) -> list[Block]:
-    """The cosine of two scores' gradients under the law of training."""
-    rows = rows_of(study, cell, "gradient_cosine")
-    if rows.empty:
-        return []
     first, second = compared(study, rows)
-    return _law_table(
-        study, cell, "gradient_cosine", COSINE, "law",
-        f"mean gradients of {first} (first) and {second} (second) at the same weights under the "
-        f"law of training, noise removed; means over seeds {ERROR}. {OWN} "
-        + star_text(study, cell))
-
-
-def slopes(study: Study, cell: str) -> list[Block]:
-    """Fitted and predicted slopes in N."""
-    rows = rows_of(study, cell, "gradient_slopes")
-    if rows.empty:
-        return []
-    first, second = compared(study, rows)
-    return _law_table(
-        study, cell, "gradient_slopes", SLOPES, "run",
-        f"slopes in ln N of the relative differences of losses and mean gradients of {first} and "
-        f"{second}; means over seeds {ERROR}. –: no slope is predicted, or none "
-        "could be fitted.")
-
-
-def rounding(study: Study, cell: str) -> list[Block]:
-    """Errors of half precision under the law of training."""
-    return _law_table(
-        study, cell, "gradient_rounding", ROUNDING, "law",
-        "gradients in each variant's own half precision against float32 ones at the same weights "
-        f"on the same batches, under the law of training; means over seeds {ERROR}. Relative "
-        "errors: of one batch's gradient (rms), of the mean gradient with noise removed (–: "
-        "noise left its square negative), and of the step f(x_t, t) - f^-(x_r, r) (rms over "
-        "images). Error / noise: over the standard deviation of a batch's gradient, far below "
-        f"which rounding is lost in the noise. {OWN}")
+    told = caption.format(first=first, second=second, star=star_text(study, cell))
+    return [Table(header, tuple(body), f"{cell}: {told} {stands_on(study, rows)}")]
 
 
 def paths(study: Study, cell: str) -> list[Block]:
     """Error at T, drift and spread by path."""
     rows = rows_of(study, cell, "trajectories")
-    there = trajectories.there(rows)
-    if not there:
+    measured = there(rows)
+    if not measured:
         return []
-    floor = one(rows[(rows.over == "run") & (rows.quantity == "floor")])
+    floor = single(rows, "floor")
     top, body = rows[rows.over == "sigma"].level.max(), []
     for name in dict.fromkeys(rows.name):
         own = rows[rows.name == name]
-        for path in there:
-            end = over_seeds(own[(own.quantity == path) & (own.over == "sigma")])
-            spread = one(own[(own.quantity == f"spread_{path}") & (own.over == "run")])
-            if top not in end.index:
-                continue
-            entry = end.loc[top].to_dict()
-            body.append((str(name), PATHS[path], text_of(entry), text_of(spread),
-                         text_of(floor) if path.endswith("teacher") else "–",
-                         f"{entry['n']:.0f}"))
+        for path in measured:
+            end = curve(own, path)
+            if top in end.index:
+                entry = end.loc[top].to_dict()
+                body.append((str(name), PATHS[path], text_of(entry),
+                             text_of(single(own, f"spread_{path}")),
+                             text_of(floor) if path.endswith("teacher") else "–",
+                             f"{entry['n']:.0f}"))
     return [Table(("variant", "path", "error at T", "spread along the path", "floor", "seeds"),
                   tuple(body),
                   f"{cell}: distance of f(x(T), T), T = {top:.3g}, to the end of each score's "
                   "path from there, and spread of f along it: rms in units of the data, "
                   f"means over seeds {ERROR}. The floor is the distance between the "
-                  "ends of two teachers' paths. " + stands_on(study, cell, "trajectories", rows))]
+                  "ends of two teachers' paths. " + stands_on(study, rows))]
 
 
 def samples(study: Study, cell: str) -> list[Block]:
-    """Memorisation, precision, recall and the histogram of classes."""
+    """Memorisation, precision, recall and the histogram of classes at the end, of variants once
+    each and of sources."""
     blocks: list[Block] = []
-    rows = {kind: _last(study, cell, kind) for kind in ("memorisation", "coverage")}
+    every = study.instruments[study.instruments.cell == cell]
     for kind, columns, caption in (
             ("memorisation", MEMORY,
              "share of samples whose nearest training image is nearer than their nearest held-out "
@@ -184,48 +162,32 @@ def samples(study: Study, cell: str) -> list[Block]:
             ("coverage", COVERAGE,
              "precision is the share of samples near real images, recall the share of real images "
              "near samples, in the extractor's features; both are better high.")):
-        if len(rows[kind]):
-            columns = tuple(c for c in columns if (rows[kind].quantity == c[0]).any())
-            blocks.append(_sample_table(rows[kind], columns, f"{cell}: {caption} Means over seeds."
-                                        f" {stands_on(study, cell, kind, rows[kind])}"))
-    return blocks + _histogram(cell, rows["coverage"])
-
-
-def _last(study: Study, cell: str, kind: str) -> pd.DataFrame:
-    """The values at the end, of variants once each and of sources."""
-    rows = study.instruments[(study.instruments.kind == kind) & (study.instruments.cell == cell)]
-    gone = study.runs[study.runs.outcome == "diverged"]["id"]
-    names = [*tables.variants(study, cell), *rows[rows.role == "source"].name.unique()]
-    rows = rows[rows.name.isin(names) & ~rows["id"].isin(gone)]
-    return rows[rows["at"] == rows["at"].max()]
-
-
-def _sample_table(rows: pd.DataFrame, columns: tuple[tuple[str, str], ...], caption: str
-                  ) -> Table:
-    body = []
-    for (name, ema, nfe), own in rows.groupby(["name", "ema", "nfe"], sort=False):
-        single = own[own.over == "run"]
-        body.append((str(name), str(ema), f"{nfe:g}",
-                     *(_single(single[single.quantity == q], q) for q, _ in columns),
-                     f"{own['id'].nunique()}"))
-    return Table(("name", "EMA", "NFE", *(c[1] for c in columns), "seeds"), tuple(body), caption)
-
-
-def _single(rows: pd.DataFrame, quantity: str) -> str:
-    """A number with its standard error; of one that is itself an error the mean alone."""
-    entry = one(rows)
-    return text_of(entry | {"se": math.nan} if quantity.endswith("_se") else entry)
+        rows = every[every.kind == kind]
+        names = [*tables.variants(study, cell), *rows[rows.role == "source"].name.unique()]
+        rows = study.lasting(rows[rows.name.isin(names)])
+        rows = rows[rows["at"] == rows["at"].max()]
+        if rows.empty:
+            continue
+        columns = tuple(c for c in columns if (rows.quantity == c[0]).any())
+        body = []
+        for (name, ema, nfe), own in rows.groupby(["name", "ema", "nfe"], sort=False):
+            entries = {q: single(own, q) for q, _ in columns}
+            body.append((str(name), str(ema), f"{nfe:g}", *(
+                text_of(e | {"se": math.nan} if q.endswith("_se") else e)  # itself an error
+                for q, e in entries.items()), f"{own['id'].nunique()}"))
+        blocks.append(Table(("name", "EMA", "NFE", *(c[1] for c in columns), "seeds"), tuple(body),
+                            f"{cell}: {caption} Means over seeds. {stands_on(study, rows)}"))
+    return blocks + _histogram(cell, rows)
 
 
 def _histogram(cell: str, rows: pd.DataFrame) -> list[Block]:
     """Shares of classes, the training images' first."""
-    rows = rows[rows.over == "class"]
-    classes = sorted(rows.level.unique())
+    classes = sorted(rows[rows.over == "class"].level.unique())
     if not classes:
         return []
 
     def line(name: str, own: pd.DataFrame, quantity: str) -> tuple[str, ...]:
-        mean = over_seeds(own[own.quantity == quantity])["mean"]
+        mean = curve(own, quantity, "class")["mean"]
         return name, *(f"{100 * mean[c]:.1f}" if c in mean.index else "–" for c in classes)
 
     body = [line("training images", rows, "reference_shares")]
@@ -240,10 +202,10 @@ def _histogram(cell: str, rows: pd.DataFrame) -> list[Block]:
 
 def identities(study: Study) -> list[Block]:
     """What the measured values are, what all have in common said once."""
-    parts = [re.split(r", (?=\w+=)", what[:-1].replace("[", ", ", 1))
+    every = [[what.partition("[")[0], *(f"{k}={v}" for k, v in settings(what).items())]
              for what in study.measures.identity.unique()]
-    common = [p for p in parts[0] if all(p in other for other in parts)] if parts[1:] else []
-    lines = (", ".join(p for p in line if p not in common) for line in parts)
+    common = [p for p in every[0] if all(p in other for other in every)] if every[1:] else []
+    lines = (", ".join(p for p in line if p not in common) for line in every)
     return [Text("Metric identities; only equal ones are compared or averaged"
                  + (f"; all have {', '.join(common)}:" if common else ":")),
             Items(tuple(lines) or ("none yet",))]

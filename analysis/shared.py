@@ -32,7 +32,7 @@ def _repeated(runs: pd.DataFrame, cell: str) -> set[str]:
 def below(study: Study, cell: str) -> dict[str, list[str]]:
     """What the other recipes of a cell learn or start from, at any remove, that is one network in
     all seeds: sources by name, and files of weights."""
-    recipes = {r["name"]: r for r in study.recipes if r["cell"] == cell}
+    recipes = study.recipes_of(cell)
     one, alike = networks(study, cell), _repeated(study.runs, cell)
     found: dict[str, list[str]] = {}
     for name in (n for n in recipes if n not in one):

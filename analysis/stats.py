@@ -41,6 +41,12 @@ class Effect:
     high90: float
     p: float
 
+    def columns(self, log: bool) -> dict[str, float]:
+        """The effect as columns of a table, in percent too where it is of logarithms."""
+        row = {k: getattr(self, k) for k in ("n", "effect", "low", "high", "sd", "p")}
+        return row | {f"percent{end}": percent(row[key]) if log else math.nan for key, end in (
+            ("effect", ""), ("low", "_low"), ("high", "_high"))}
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -13,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from analysis.load import Study
 from analysis.recipes import computed
 
+STAR = "$t^*$"
 INK, GREY, PALE = "#1f2933", "#7b8794", "#e4e7eb"
 COLOURS = (*sns.color_palette("colorblind").as_hex()[:6], "#56b4e9", "#6a3d9a", "#6b7280",
            "#1b7837")  # its pale pink and yellow vanish on white
@@ -56,6 +60,31 @@ def look(colours: dict[str, Any], name: str) -> Look:
     at = names.index(name)
     before = sum(colours[n] == colours[name] for n in names[:at])
     return Look(colours[name], MARKERS[at % len(MARKERS)], LINES[before % len(LINES)])
+
+
+def panels(n: int, columns: int, width: float, high: float, more: float = 0.0, **share: bool
+           ) -> tuple[Figure, list[Axes]]:
+    """A figure with n panels, so many in a row. width: of the figure, high: of a row, more: for
+    what stands below, in inches; share: sharex and sharey."""
+    rows = math.ceil(n / columns)
+    figure = Figure(figsize=(width, high * rows + more), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False, **share).flat)
+    for axes in grid[n:]:
+        axes.axis("off")
+    for axes in grid[max(n - columns, 0):n]:
+        axes.tick_params(labelbottom=True)  # also where an empty place is below it
+    return figure, grid[:n]
+
+
+def legend(figure: Figure, grid: Iterable[Axes], columns: int) -> None:
+    """One legend below all panels, each label once, t* last."""
+    known: dict[str, Any] = {}
+    for axes in grid:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            known.setdefault(label, handle)
+    known = dict(sorted(known.items(), key=lambda pair: pair[0] == STAR))
+    figure.legend(known.values(), known.keys(), loc="outside lower center", fontsize=9,
+                  ncols=min(columns, max(len(known), 1)))
 
 
 def plain_log(axis: Axis) -> None:

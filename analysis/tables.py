@@ -15,7 +15,6 @@ is one network in all seeds (see analysis.shared) leaves an effect and its inter
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 
 from analysis import shared, stats
 from analysis.files import REPORTED
-from analysis.identities import PATHS, apart, settings
+from analysis.identities import PATHS, apart, points, settings, written
 from analysis.load import Study
 from analysis.recipes import SPLIT, along, computed, counterparts, differing
 from analysis.records import number
@@ -85,10 +84,10 @@ def headings(columns: list[tuple[str, str]]) -> list[str]:
     for metric, what in columns:
         keys = settings(what)
         path = PATHS.get(keys.get("along", ""), "")
-        parts = (METRICS.get(metric, metric), f"{path} path" * bool(path),
-                 f"{keys['nfe']} NFE" if "nfe" in keys else "",
-                 keys.get("reference", "").replace("_", "-"))
-        short.append(", ".join(filter(None, parts)))
+        told = (METRICS.get(metric, metric), f"{path} path" * bool(path),
+                f"{keys['nfe']} NFE" if "nfe" in keys else "",
+                keys.get("reference", "").replace("_", "-"))
+        short.append(", ".join(filter(None, told)))
     alike = [[w for other, (_, w) in zip(short, columns, strict=True) if other == h]
              for h in short]
     return [h if len(whats) == 1 else f"{h}, {apart(whats)[what]}"
@@ -158,7 +157,7 @@ def pairs(study: Study, cell: str) -> list[Pair]:
     the variants that it is the end of and with no other; where the primary has one too, these are
     secondary, elsewhere they are not tested."""
     kept, names = _names(study, cell), variants(study, cell)
-    recipes = {r["name"]: r for r in study.recipes if r["cell"] == cell}
+    recipes = study.recipes_of(cell)
     primary = study.primaries.get(cell, {})
     sides = (primary.get("variant"), primary.get("against"))
     made: dict[frozenset[str], Pair] = {}
@@ -205,18 +204,16 @@ def comparisons(study: Study) -> pd.DataFrame:
                                & (study.measures.role == "variant")
                                & ~study.measures.metric.isin(REPORTED)]
         runs = study.runs[(study.runs.cell == cell) & (study.runs.role == "variant")]
-        ids = runs.pivot(index="seed", columns="name", values="id")
-        diverged = {(r.name, r.seed) for r in
-                    runs[runs.outcome == "diverged"][["name", "seed"]].itertuples(index=False)}
-        fixed = {r["name"] for r in study.recipes if r["cell"] == cell and computed(r)}
-        one = shared.networks(study, cell)
+        planned = runs.pivot(index="seed", columns="name", values="id").notna()
+        gone = runs.pivot(index="seed", columns="name", values="outcome") == "diverged"
+        fixed, one = study.fixed(cell), shared.networks(study, cell)
         groups = [(dict(zip(ENDPOINT, key[:-1], strict=True)), key[-1], group) for key, group
                   in frame.groupby([*ENDPOINT, "identity"], sort=False, dropna=False)]
         if endpoint and not len(select(frame, endpoint)):
             groups.insert(0, (endpoint, "", frame.iloc[:0]))
         for where, what, group in groups:
             on = apart(select(frame, where).identity).get(what, "")
-            rows += _group(made, ids, diverged,
+            rows += _group(made, planned, gone,
                            where | {"cell": cell, "identity": what, "stands_on": on}, group,
                            fixed, one, tested=_same(where, endpoint))
     table = pd.DataFrame(rows, columns=list(COMPARISON_COLUMNS))
@@ -230,21 +227,20 @@ def _same(a: dict[str, Any], b: dict[str, Any] | None) -> bool:
         a[k] == b[k] or (a[k] != a[k] and b[k] != b[k]) for k in ENDPOINT)
 
 
-def _group(made: list[Pair], ids: pd.DataFrame, diverged: set[tuple[str, int]],
+def _group(made: list[Pair], planned: pd.DataFrame, gone: pd.DataFrame,
            where: dict[str, Any], group: pd.DataFrame, fixed: set[str], one: set[str],
            tested: bool) -> list[dict[str, Any]]:
-    """The comparisons of one cell at one endpoint and identity. Fixed points and what is one
-    network in all seeds have no residual that could be pooled, and the latter no p."""
+    """The comparisons of one cell at one endpoint and identity. planned, gone: whether a run is in
+    the study and whether it diverged, (seeds, names). Fixed points and what is one network in all
+    seeds have no residual that could be pooled, and the latter no p."""
     def wide(column: str) -> pd.DataFrame:
-        return group.pivot(index="seed", columns="name", values=column).reindex(ids.index)
+        return group.pivot(index="seed", columns="name", values=column).reindex(planned.index)
 
     values = wide("value")
     g = stats.transform(where["metric"], values.to_numpy(dtype=float, copy=True))
     place = {n: j for j, n in enumerate(values.columns)}
-    for i, seed in enumerate(ids.index):
-        g[i, [place[x] for x, s in diverged if s == seed and x in place]] = np.nan
+    g[gone[values.columns].to_numpy(dtype=bool)] = np.nan
     images = [wide(k).to_numpy(dtype=float) for k in ("images_total", "images_with_sources")]
-    planned, gone = ids.notna(), Counter(x for x, _ in diverged)
     trained = [j for j, n in enumerate(values.columns) if n not in fixed | one]
     log, fit, rows = stats.is_log(where["metric"]), stats.layout(g[:, trained]), []
     for pair in made:
@@ -259,28 +255,22 @@ def _group(made: list[Pair], ids: pd.DataFrame, diverged: set[tuple[str, int]],
         means = stats.restore(where["metric"],
                               sides.mean(axis=0) if there.any() else np.full(2, np.nan))
         matched = [_equal(x[np.ix_(there, both)]) for x in images]
-        counts = [gone.get(x, 0) for x in (a, b)]
         e, alone = stats.paired(d.tolist()), [n for n in (a, b) if n in one]
         low, high = ((math.nan, math.nan) if {a, b} & (fixed | one)
                      else stats.pooled_interval(e.effect, e.n, fit))
-        rows.append(where | {
-            "variant": a, "baseline": b, "differs": ", ".join(pair.differs), "n": e.n,
+        rows.append(where | e.columns(log) | {
+            "variant": a, "baseline": b, "differs": ", ".join(pair.differs),
             "planned": int((planned[a] & planned[b]).sum()),
-            "diverged": len({s for x, s in diverged if x in (a, b)}) if any(counts) else 0,
-            "effect": e.effect, "low": e.low, "high": e.high, "low_pooled": low,
-            "high_pooled": high, "p": math.nan if alone else e.p, "p_holm": math.nan,
-            "verdict": "", "shared": ", ".join(alone),
+            "diverged": int((gone[a] | gone[b]).sum()),
+            "low_pooled": low, "high_pooled": high, "p": math.nan if alone else e.p,
+            "p_holm": math.nan, "verdict": "", "shared": ", ".join(alone),
             "sign_flip_p": math.nan if alone else stats.sign_flip_p(d.tolist()),
             "matched": matched[0], "matched_with_sources": matched[1],
-            "role": pair.role if tested else "descriptive", "sd": e.sd,
+            "role": pair.role if tested else "descriptive",
             "mean_variant": means[0], "mean_baseline": means[1],
-            "diverged_variant": counts[0], "diverged_baseline": counts[1],
-            "percent": stats.percent(e.effect) if log else math.nan,
-            "percent_low": stats.percent(e.low) if log else math.nan,
-            "percent_high": stats.percent(e.high) if log else math.nan,
+            "diverged_variant": int(gone[a].sum()), "diverged_baseline": int(gone[b].sum()),
             "equal_variances_p": fit.equal_variances_p, "family": math.nan,
-            "points": " ".join(f"{s}:{x:+.10g}" for s, x
-                               in zip(ids.index[there], d, strict=True))})
+            "points": written(planned.index[there], d)})
     return rows
 
 
@@ -293,7 +283,7 @@ def _equal(totals: NDArray[np.float64]) -> str:
 
 def effect_of(row: pd.Series) -> stats.Effect:
     """The paired effect of a comparison row, from its per-seed points."""
-    return stats.paired([float(p.split(":")[1]) for p in row["points"].split()])
+    return stats.paired([*points(row).values()])
 
 
 def _judge(study: Study, table: pd.DataFrame) -> None:
@@ -316,8 +306,7 @@ def summary(study: Study, cell: str, role: str) -> pd.DataFrame:
     the study's first EMA. Diverged runs are left out.
     """
     rows = study.measures[(study.measures.cell == cell) & (study.measures.role == role)]
-    gone = study.runs[study.runs.outcome == "diverged"]["id"]
-    rows = rows[~rows["id"].isin(gone) & rows["value"].notna() & ~rows.metric.isin(REPORTED)]
+    rows = study.lasting(rows[rows["value"].notna() & ~rows.metric.isin(REPORTED)])
     if rows.empty:
         return pd.DataFrame()
     endpoint = primary_endpoint(study, cell)

@@ -12,6 +12,7 @@ from matplotlib.ticker import EngFormatter
 from analysis import stats
 from analysis.load import Study
 from analysis.recipes import AMOUNT, BUDGET, computed, differing, planned
+from analysis.records import number
 
 SI = EngFormatter(sep="\u00a0")
 KINDS = {"single_sample": "single sample (CT)", "teacher": "teacher {run} (CD)",
@@ -45,7 +46,7 @@ def recipes(study: Study, cell: str) -> tuple[list[tuple[str, str, str]], str]:
     A variant is told by the factors in which it differs from the value that most have, and by
     those in which the primary's two sides differ.
     """
-    every = {r["name"]: r for r in study.recipes if r["cell"] == cell}
+    every = study.recipes_of(cell)
     own = [r for r in every.values() if r["role"] == "variant"]
     primary = study.primaries.get(cell)
     told = differing(every, primary["variant"], primary["against"]) if primary else ()
@@ -100,7 +101,7 @@ def factor_text(given: Any) -> str:  # noqa: ANN401 (a JSON value)
 
 def _blend(given: dict[str, Any]) -> str:
     """A blend's mean, between the teacher's and the exact one, and its noise."""
-    alpha, beta = float(given.get("alpha", math.nan)), float(given.get("beta", math.nan))
+    alpha, beta = number(given.get("alpha")), number(given.get("beta"))
     run = given.get("run")
     mean = ("exact posterior mean" if alpha == 1 else f"mean of teacher {run}" if alpha == 0 else
             f"{alpha:g} exact posterior mean + {1 - alpha:g} teacher {run}")
@@ -109,13 +110,15 @@ def _blend(given: dict[str, Any]) -> str:
     return f"{mean}, {noise}{gaussian} (blend alpha {alpha:g}, beta {beta:g})"
 
 
-def percent_text(effect: float) -> str:
-    """A log difference as a signed percentage."""
-    return f"{percent_number(effect)}\u00a0%"
+def change(effect: float, log: bool) -> str:
+    """An effect with its sign, as a percentage if it is a log difference."""
+    return _number(effect, log) + "\u00a0%" * log
 
 
-def percent_number(effect: float) -> str:
-    """A log difference in percent, signed, with two digits that count."""
+def _number(effect: float, log: bool) -> str:
+    """The same without its unit; a percentage has two digits that count."""
+    if not log:
+        return signed(effect)
     value = stats.percent(effect)
     return _minus(f"{value:+.{1 if abs(value) < 10 else 0}f}")
 
@@ -124,8 +127,7 @@ def interval(low: float, high: float, log: bool) -> str:
     """An interval, in percent if it is one of log differences."""
     if math.isnan(low):
         return "–"
-    ends = [percent_number(x) if log else signed(x) for x in (low, high)]
-    return " to ".join(ends) + ("\u00a0%" if log else "")
+    return f"{_number(low, log)} to {change(high, log)}"
 
 
 def signed(value: float) -> str:

@@ -33,7 +33,7 @@ from study.forecast import Speeds, kind_of
 from study.jobs import Job
 from study.parameters import remarks
 from study.pinned import GIVEN, OWN, code, pin
-from study.progress import label
+from study.progress import label, say
 from study.queued import (
     FOLDER,
     SILENT,
@@ -75,16 +75,16 @@ def arrays(
 ) -> list[Array]:
     """The arrays that make `runs`, sources that are not trained first; `after` holds earlier ones
     as 'array1', and the ids of arrays that are queued already."""
-    left, where, result = {r.id: r for r in runs}, {}, []
+    left, result = {r.id: r for r in runs}, []
+    where = {i: queue.job[i].partition("_")[0] for i in queue.held}  # the array that makes a run
     needs = {r.id: [i for i in r.reads if i not in trained] for r in runs}
     while left:
         free = [r for r in left.values() if not any(i in left for i in needs[r.id])]
         free = free or list(left.values())  # in a circle: the jobs will say what they lack
         alike: dict[tuple[str, ...], list[Run]] = {}
         for run in free:
-            known = {i: queue.job[i].partition("_")[0] for i in needs[run.id] if i in queue.held}
-            known |= {i: where[i] for i in needs[run.id] if i in where}
-            after = set(known.values())
+            del left[run.id]
+            after = {where[i] for i in needs[run.id] if i in where}
             alike.setdefault(tuple(sorted(after)), []).append(run)
         for after, group in sorted(alike.items(), key=lambda item: item[0]):
             jobs = shared(group, seconds, 60 * minutes)
@@ -92,7 +92,6 @@ def arrays(
                 chunk = tuple(map(tuple, jobs[start : start + most]))
                 result.append(Array(chunk, after))
                 where |= {r.id: f"array{len(result)}" for job in chunk for r in job}
-        left = {i: r for i, r in left.items() if i not in where}
     return result
 
 
@@ -122,37 +121,34 @@ def submit(
     """
     queue, speeds = Queue(store.path), Speeds(store, kind_of(options.device, on_cluster=True))
     skip = {"done", "running"} if options.retry else {"done", "running", "failed"}
-    states = {r.id: store.folders[r.id].state(r, thorough=True) for r in wanted}
+    states = store.states(wanted, thorough=True)
     missing = [r for r in wanted if states[r.id] not in skip
                and not store.blocked(r, options.retry)]  # fmt: skip
     new = [r for r in missing if not queue.due(r.id, store.folders[r.id], states[r.id])]
     if left_out := set_for_sbatch():
-        Console(stderr=True).print(
-            f"{', '.join(left_out)} of the environment left out: --slurm alone says what jobs ask "
-            "for", highlight=False, markup=False, soft_wrap=True)  # fmt: skip
+        say(Console(stderr=True), f"{', '.join(left_out)} of the environment left out: --slurm "
+            "alone says what jobs ask for")  # fmt: skip
     if not queue.known:
-        console.print(f"{SILENT}: what is queued already may be submitted again, and "
-                      "will leave as soon as it starts", highlight=False)  # fmt: skip
-    for line in queue.others if options.plan else ():  # else the summary says so
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"{several(len(new), 'run')} to submit, {len(missing) - len(new)} queued "
-                  f"already, {list(states.values()).count('running')} running", highlight=False)
+        say(console, f"{SILENT}: what is queued already may be submitted again, and will leave as "
+            "soon as it starts")  # fmt: skip
+    if options.plan:  # else the summary says so
+        say(console, *queue.others)
+    say(console, f"{several(len(new), 'run')} to submit, {len(missing) - len(new)} queued "
+        f"already, {list(states.values()).count('running')} running")  # fmt: skip
     tried = {r.id: "pending" for r in new if states[r.id] != "failed"}
-    for line in queue.lines(tried, {r.id: label(r) for r in new}):  # why it was not made before
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    say(console, *queue.lines(tried, {r.id: label(r) for r in new}))  # why it was not made before
     trained = {i for i, folder in store.folders.items() if folder.trained is not None}
     times = _times(store, new, trained, speeds, console)
     told = config()
     most = limit(told)
     if most is None and options.plan:
-        console.print(f"Slurm does not say how long an array may be: {ARRAY} assumed")
+        say(console, f"Slurm does not say how long an array may be: {ARRAY} assumed")
     minutes = SHARE if options.minutes is None else options.minutes
     todo = arrays(new, times, minutes, most or ARRAY, queue, trained)
     home = _home(store.path, options)
     first = f"export PYTHONPATH={shlex.quote(str(home))}${{PYTHONPATH:+:$PYTHONPATH}}"
     values["setup"] = [*(values.get("setup") or []), SAFE, first, _whole(home)]
-    for line in remarks(values):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    say(console, *remarks(values))
     if options.plan:
         for i, array in enumerate(todo, 1):
             _show(console, f"array{i}", array, values, times, store)
@@ -168,22 +164,19 @@ def _times(store: Store, runs: Sequence[Run], trained: Collection[str], speeds: 
     """Seconds of each run's work; says what of it had to be assumed."""
     times, assumed = {}, set()
     for run in runs:
-        folder = store.folders[run.id]
-        training, beside = speeds.training(run), speeds.beside(run)
-        due = len(folder.due(run, thorough=True) if run.id in trained else run.measures)
+        due, training, beside = run.measures, speeds.training(run), speeds.beside(run)
         if run.id in trained:
-            training = 0.0, False
+            due, training = store.folders[run.id].due(run, thorough=True), 0.0
         if training is None:
-            training = run.recipe.factors.budget.images / SLOW, False
+            training = run.images / SLOW
             assumed.add(f"{SLOW:,.0f} images a second")
         if beside is None and due:
             assumed.add(f"{MEASURE:.0f} s a measurement")
-        times[run.id] = training[0] + (MEASURE * due if beside is None else beside)
+        times[run.id] = training + (MEASURE * len(due) if beside is None else beside)
     if assumed:
         said = " and ".join(sorted(assumed))
-        console.print(f"how long runs take is not known: {said} assumed; "
-                      f"python -m study.bench finds out {speeds.where}",
-                      highlight=False)  # fmt: skip
+        say(console, f"how long runs take is not known: {said} assumed; "
+            f"python -m study.bench finds out {speeds.where}")  # fmt: skip
     return times
 
 
@@ -224,8 +217,7 @@ def _show(console: Console, name: str, array: Array, values: dict[str, Any],
     for i, job in enumerate(array.jobs):
         length = sum(times[r.id] for r in job) / 60
         lines.append(f"  job {i}, about {length:.1f} minutes: {', '.join(map(label, job))}")
-    for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    say(console, *lines)
 
 
 def _send(todo: list[Array], values: dict[str, Any], home: Path, cluster: str | None,
@@ -240,7 +232,7 @@ def _send(todo: list[Array], values: dict[str, Any], home: Path, cluster: str | 
     start = [sys.executable, "-u", str(home / SEALED), sealed.digest(home)]
     ids: dict[str, str] = {}
     for i, array in enumerate(todo, 1):
-        device = "cpu" if options.device == "cpu" else "cuda"
+        device = kind_of(options.device, on_cluster=True)
         asked = [[r.id for r in job] for job in array.jobs]
         given = [str(home / GIVEN / options.study.name), list(options.set),
                  str(options.results.absolute()), device, options.retry]  # fmt: skip
@@ -274,5 +266,5 @@ def _send(todo: list[Array], values: dict[str, Any], home: Path, cluster: str | 
                 f"{', and the same command leaves that alone' if ids else ''}"
             ) from None
         ids[f"array{i}"] = number
-        console.print(f"submitted {number}: {several(len(asked), 'job')}, "
-                      f"{several(sum(map(len, asked)), 'run')}", highlight=False)  # fmt: skip
+        say(console, f"submitted {number}: {several(len(asked), 'job')}, "
+            f"{several(sum(map(len, asked)), 'run')}")  # fmt: skip

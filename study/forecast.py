@@ -12,9 +12,10 @@ from typing import Literal, TypedDict
 import msgspec
 
 from study.errors import StudyError
-from study.factors import Budget, FixedPoint, Random
+from study.factors import Budget, Random
 from study.identity import difference, digest
 from study.launch import gpus
+from study.meaning import updated
 from study.spec import Run
 from study.store import Attempt, Folder, Store, read_json, read_lines
 
@@ -61,8 +62,7 @@ def step_key(run: Run) -> str:
 
 def is_timed(run: Run) -> bool:
     """Whether the run takes steps that can be timed."""
-    factors = run.recipe.factors
-    return factors.budget.images != 0 and not isinstance(factors.objective, FixedPoint)
+    return updated(run.recipe.factors)
 
 
 def kind_of(device: str, on_cluster: bool = False) -> Kind:
@@ -102,16 +102,19 @@ class Speeds:
         row = self.bench["recipes"].get(f"{run.recipe.cell}/{run.recipe.name}")
         return row if row and row["step"] == step_key(run) else None
 
-    def training(self, run: Run) -> tuple[float, bool] | None:
-        """Seconds of training and whether the bench was asked; None where nothing is known."""
+    def known(self, run: Run) -> list[float] | None:
+        """Seconds per image of finished runs of its recipe, else of its cell."""
         cell, name = run.recipe.cell, run.recipe.name
-        images = run.recipe.factors.budget.images
+        return self.finished.get((cell, name)) or self.finished.get((cell,))
+
+    def training(self, run: Run) -> float | None:
+        """Seconds of training; None where nothing is known."""
         if not is_timed(run):
-            return 0.0, False
-        if known := self.finished.get((cell, name)) or self.finished.get((cell,)):
-            return sum(known) / len(known) * images, False
+            return 0.0
+        if known := self.known(run):
+            return sum(known) / len(known) * run.images
         row = self.timed(run)
-        return None if row is None else (row["seconds_per_image"] * images, True)
+        return row and row["seconds_per_image"] * run.images
 
     def beside(self, run: Run) -> float | None:
         """Seconds of a first update and of measuring; None where they were not timed."""
@@ -127,11 +130,11 @@ def forecast(store: Store, new: list[Run], kind: Kind) -> str | None:
     if None in trainings:
         return (f"how long training them takes {speeds.where} is not known; python -m study.bench "
                 "finds out there")  # fmt: skip
-    seconds, timed = (sum(column) for column in zip(*trainings, strict=True))
+    timed = any(is_timed(run) and not speeds.known(run) for run in new)
     beside = [speeds.beside(run) for run in new]
     finished = sum(len(s) for key, s in speeds.finished.items() if len(key) == 1)
     stands = [f"the speed of {finished} finished runs"] * bool(finished)
-    stands += [f"study.bench on {speeds.bench['device']}"] * bool(timed)
+    stands += [f"study.bench on {speeds.bench['device']}"] * timed
     if not stands:  # nothing of it is trained
         return None
     known = [value for value in beside if value is not None]
@@ -139,5 +142,5 @@ def forecast(store: Store, new: list[Run], kind: Kind) -> str | None:
     if known:
         then = f"compiling and measuring {sum(known) / 60:.1f} more"
         then += f" (not timed for {len(new) - len(known)} runs)" * (len(known) < len(new))
-    return (f"training them takes about {seconds / 60:.1f} minutes of one worker by "
+    return (f"training them takes about {sum(trainings) / 60:.1f} minutes of one worker by "
             f"{' and '.join(stands)}, {then}")  # fmt: skip

@@ -50,9 +50,7 @@ def mixed(trained: Mapping[str, Any], attempts: bytes | None, steps: bytes | Non
     return None
 
 
-def foreign(
-    trained: Mapping[str, Any], file: str, measurement: Mapping[str, Any]
-) -> bool:
+def foreign(trained: Mapping[str, Any], file: str, measurement: Mapping[str, Any]) -> bool:
     """Whether a measurement, in a file PROGRESS-..., is of other weights than those that
     trained.json tells of; one that does not say is not, and without trained.json none is."""
     known = trained.get("sha256", {}).get(f"snapshots/{file.split('-')[0]}.pt")

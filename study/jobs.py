@@ -19,7 +19,7 @@ from rich.console import Console
 from study.errors import StudyError, several
 from study.launch import Launcher, devices
 from study.pinned import code
-from study.progress import Display, label
+from study.progress import label
 from study.queued import asked, own_job
 from study.resolve import load
 from study.spec import Run
@@ -59,10 +59,9 @@ class Job:
         # one that failed in this very job is not tried again when the job is requeued
         todo = [r for r in runs if not (own_job() and folders[r.id].last().get("job") == own_job()
                                         and folders[r.id].state(r) == "failed")]
-        display = Display(Console(), runs, set(), folders)
-        launcher = Launcher(store, todo, devices(device, 1)[:1], display, retry)
+        launcher = Launcher(store, todo, devices(device, 1)[:1], Console(), retry)
         launcher.run(None, in_process=True)
-        states = {r.id: folders[r.id].state(r) for r in runs}
+        states = store.states(runs)
         left = [r for r in runs if states[r.id] in ("pending", "interrupted")]
         state = _state() if launcher.stopping and left else ""
         if state in ALIVE:

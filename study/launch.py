@@ -11,15 +11,16 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable
 from functools import partial
 from itertools import takewhile
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
+from rich.console import Console
+
 from study.entry import main
 from study.errors import StudyError
-from study.progress import Display
+from study.progress import Display, say
 from study.sharing import sharing
 from study.spec import Run
 from study.store import Store, append_line, now
@@ -38,7 +39,7 @@ def gpus() -> int:
         named = (d.strip() for d in os.environ["CUDA_VISIBLE_DEVICES"].split(","))
         # what is no device hides all that follows, as CUDA reads it
         return len(list(takewhile(lambda d: d and not d.startswith("-"), named)))
-    return len([p for p in Path("/dev").glob("nvidia[0-9]*")])
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def devices(device: str, workers: int | None) -> list[str]:
@@ -61,12 +62,14 @@ class Launcher:
         store: Store,
         wanted: list[Run],
         slots: list[str],
-        display: Display,
+        console: Console,
         retry: bool = False,
     ) -> None:
-        self.store, self.slots, self.display = store, slots, display
+        self.store, self.slots, self.say = store, slots, partial(say, console)
         self.all = store.study.unique
-        states = {r.id: store.folders[r.id].state(r, thorough=True) for r in wanted}
+        states = store.states(wanted, thorough=True)
+        done = {i for i, state in states.items() if state == "done"}
+        self.display = Display(console, wanted, done, store.folders)
         skip = {"done"} if retry else {"done", "failed"}
         self.waiting = {r.id: r for r in wanted if states[r.id] not in skip}
         self.active: dict[int, tuple[Run, multiprocessing.process.BaseProcess]] = {}
@@ -81,14 +84,10 @@ class Launcher:
         """Works until done, `deadline` (time.monotonic) or a signal."""
         before = {s: signal.signal(s, self.stop) for s in STOP_SIGNALS}
         if self.waiting:
-            self.display.console.print(
-                f"{len(self.waiting)} runs to work on, {len(self.slots)} at a time on "
-                f"{', '.join(sorted(set(self.slots)))}",
-                highlight=False,
-            )
-        say = partial(self.display.console.print, highlight=False, markup=False)
+            self.say(f"{len(self.waiting)} runs to work on, {len(self.slots)} at a time on "
+                     f"{', '.join(sorted(set(self.slots)))}")  # fmt: skip
         try:
-            with self.display, sharing(self.slots[: len(self.waiting)], say):
+            with self.display, sharing(self.slots[: len(self.waiting)], self.say):
                 self._here(deadline) if in_process else self._pool(deadline)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -101,7 +100,7 @@ class Launcher:
 
         if deadline is not None:  # an alarm, which the worker takes as a request to stop
             signal.setitimer(signal.ITIMER_REAL, max(1e-3, deadline - time.monotonic()))
-        while not self.stopping and (run := self._next(lambda run: False)):
+        while not self.stopping and (run := self._next()):
             if deadline is not None and time.monotonic() > deadline:
                 return
             self.display.started(run)
@@ -109,9 +108,9 @@ class Launcher:
             self.stopping |= result == worker.STOPPED
             self.display.ended(run, self.store.folders[run.id].state(run))
 
-    def _next(self, skip: Callable[[Run], bool]) -> Run | None:
+    def _next(self) -> Run | None:
         for run in self.store.ready(self.waiting.values()):
-            if not skip(run):
+            if self.foreign.get(run.id, 0) <= time.monotonic():
                 return self.waiting.pop(run.id)
         return None
 
@@ -157,7 +156,7 @@ class Launcher:
         for slot, device in enumerate(self.slots):
             if slot in self.active:
                 continue
-            run = self._next(lambda r: self.foreign.get(r.id, 0) > time.monotonic())
+            run = self._next()
             if run is None:
                 return
             folders = {i: self.store.folders[i] for i in (run.id, *run.reads)}
@@ -183,5 +182,5 @@ class Launcher:
                 folder.path.mkdir(parents=True, exist_ok=True)
                 append_line(folder.file("attempts.jsonl"), row)
             except OSError as error:  # full or read-only: say it here, since the folder can't
-                self.display.console.print(f"{folder.path}: {row['reason']}; {error}")
+                self.say(f"{folder.path}: {row['reason']}; {error}")
         self.display.ended(run, folder.state(run))

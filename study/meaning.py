@@ -29,40 +29,37 @@ from study.factors import (
 from study.subjects import Data, DdpmPP, FittedMixture, Mixture, Network, Unet
 
 
+def estimates(score: Score) -> tuple[Score, ...]:
+    """What a score is made of: a window's two, otherwise itself."""
+    return (score.inside, score.outside) if isinstance(score, Windowed) else (score,)
+
+
 def deterministic(score: Score) -> bool:
     """Whether D^ is a function of x_t and t alone: no variance given x_t."""
-    match score:
-        case Teacher() | Empirical() | Analytic():
-            return True
-        case Blend(beta=beta):
-            return beta == 0
-        case Windowed(inside=inside, outside=outside):
-            return deterministic(inside) and deterministic(outside)
-        case _:
-            return False
+    return all(
+        isinstance(s, Teacher | Empirical | Analytic) or (isinstance(s, Blend) and s.beta == 0)
+        for s in estimates(score)
+    )
 
 
 def reads_law(factors: Factors) -> bool:
     """Whether the score or its repeats need the posterior of what x is drawn from."""
-
-    def reads(score: Score) -> bool:
-        match score:
-            case Empirical() | KSample() | PosteriorK():
-                return True
-            case Blend(alpha=alpha, beta=beta, residual=residual):
-                return alpha != beta or residual == "gaussian"
-            case Windowed(inside=inside, outside=outside):
-                return reads(inside) or reads(outside)
-            case _:
-                return False
-
-    return factors.repeat > 1 or reads(factors.score)
+    return factors.repeat > 1 or any(
+        isinstance(s, Empirical | KSample | PosteriorK)
+        or (isinstance(s, Blend) and (s.alpha != s.beta or s.residual == "gaussian"))
+        for s in estimates(factors.score)
+    )
 
 
 def has_head(factors: Factors) -> bool:
     """Whether the network has a second, denoising head."""
     head = isinstance(factors.auxiliary, DenoisingHead)
     return head and "auxiliary" not in ignored(factors)
+
+
+def updated(factors: Factors) -> bool:
+    """Whether there is training: a run may be its first weights, or computed as a fixed point."""
+    return factors.budget.images != 0 and not isinstance(factors.objective, FixedPoint)
 
 
 def stepped(factors: Factors) -> bool:

@@ -19,7 +19,19 @@ Samples = Annotated[int, Meta(ge=8, le=1_000_000)]
 Parts = Annotated[tuple[Literal["train", "held_out"], ...], Meta(min_length=1, max_length=2)]
 
 
-class Fid(Value, frozen=True):
+class Probe(Value, frozen=True, kw_only=True):
+    """What every metric along training has: the shares at which; null: those of `measure`."""
+
+    at: Points | None = None
+
+
+class Metric(Probe, frozen=True, kw_only=True):
+    """And what every metric of averaged weights has: which; null: the first of weights_ema."""
+
+    ema: Lengths | None = None
+
+
+class Fid(Metric, frozen=True):
     """Frechet distance in the features of a named extractor, mean over sampling draws, to as many
     images of each `reference`. weights: file of inception-v3-compat's; null: downloaded."""
 
@@ -30,11 +42,9 @@ class Fid(Value, frozen=True):
     nfe: Steps = (1, 2)
     mid: Positive = 0.821  # noise level of the second step (ECT's for CIFAR-10)
     draws: Draws = 3
-    ema: Lengths | None = None  # null: the first of weights_ema
-    at: Points | None = None
 
 
-class Kid(Value, frozen=True):
+class Kid(Metric, frozen=True):
     """Kernel distance (unbiased, may be negative), one subset of all n; null: as in `fid`."""
 
     extractor: str | None = None
@@ -44,11 +54,9 @@ class Kid(Value, frozen=True):
     nfe: Steps | None = None
     mid: Positive | None = None
     draws: Draws | None = None
-    ema: Lengths | None = None
-    at: Points | None = None
 
 
-class SlicedWasserstein(Value, frozen=True):
+class SlicedWasserstein(Metric, frozen=True):
     """Sliced Wasserstein-2 distance of vector samples to as many fresh draws of the data."""
 
     samples: Samples = 2048
@@ -56,28 +64,22 @@ class SlicedWasserstein(Value, frozen=True):
     mid: Positive = 0.821
     draws: Draws = 3
     projections: Annotated[int, Meta(ge=1, le=10_000)] = 128
-    ema: Lengths | None = None
-    at: Points | None = None
 
 
-class ModeMass(Value, frozen=True):
+class ModeMass(Metric, frozen=True):
     """Share of samples per mode of a mixture, and between modes (over 3 std from all of them)."""
 
     samples: Samples = 2048
     nfe: Steps = (1, 2)
     mid: Positive = 0.821
     draws: Draws = 3
-    ema: Lengths | None = None
-    at: Points | None = None
 
 
-class MapError(Value, frozen=True):
+class MapError(Metric, frozen=True):
     """RMS distance of f(x_t, t) to the exact consistency map of a mixture, over noise levels."""
 
     sigmas: Levels = 8
     samples: Samples = 512
-    ema: Lengths | None = None
-    at: Points | None = None
 
 
 class ScoreError(Value, frozen=True):
@@ -87,17 +89,16 @@ class ScoreError(Value, frozen=True):
     samples: Samples = 2048
 
 
-class GradientNoise(Value, frozen=True):
+class GradientNoise(Probe, frozen=True):
     """Where the noise of the gradient comes from, per noise level and under the law: the estimate
     of the score, dropout's mask, the draw of (t, x_t); rho is the estimate's share. Also how far
     f(x_t, t) is from its target, beside the distance's c."""
 
     sigmas: Levels = 8
     batches: Batches = 16  # independent ones, of the run's own size
-    at: Points | None = None
 
 
-class GradientCosine(Value, frozen=True):
+class GradientCosine(Probe, frozen=True):
     """Cosine of the mean gradients that two scores give at the same weights, noise removed, per
     noise level and under the law."""
 
@@ -105,10 +106,9 @@ class GradientCosine(Value, frozen=True):
     score: Score = SingleSample()
     sigmas: Levels = 8
     batches: Batches = 16
-    at: Points | None = None
 
 
-class GradientSlopes(Value, frozen=True):
+class GradientSlopes(Probe, frozen=True):
     """How the losses and gradients of two scores come together as N grows, at the same weights."""
 
     against: Score
@@ -117,20 +117,18 @@ class GradientSlopes(Value, frozen=True):
         *(20, 40, 80, 160, 320),
     )
     batches: Batches = 16
-    at: Points | None = None
 
 
-class GradientRounding(Value, frozen=True):
+class GradientRounding(Probe, frozen=True):
     """What half precision does to the gradient: the run's own against one in float32 at the same
     weights on the same batches, per noise level and under the law; and the same of the difference
     f(x_t, t) - f^-(x_r, r). Of variants that are trained in half precision."""
 
     sigmas: Levels = 8
     batches: Batches = 16
-    at: Points | None = None
 
 
-class Trajectories(Value, frozen=True):
+class Trajectories(Metric, frozen=True):
     """Is it one trajectory, one output? Distance of f(x_t, t) to the end of the PF-ODE through x_t
     under each known score, and the spread of f along one trajectory, per noise level. teachers:
     denoising sources; the distance between the ends of the first two is the floor."""
@@ -139,21 +137,17 @@ class Trajectories(Value, frozen=True):
     sigmas: Levels = 8
     samples: Samples = 256
     steps: Annotated[int, Meta(ge=8, le=4096)] = 64  # Heun steps over the whole range
-    ema: Lengths | None = None
-    at: Points | None = None
 
 
-class Memorisation(Value, frozen=True):
+class Memorisation(Metric, frozen=True):
     """Are samples nearer to training images than held-out images are?"""
 
     samples: Samples
     nfe: Steps = (1,)
     mid: Positive = 0.821
-    ema: Lengths | None = None
-    at: Points | None = None
 
 
-class Coverage(Value, frozen=True):
+class Coverage(Metric, frozen=True):
     """Precision and recall (k nearest neighbours in the extractor's features) and the histogram of
     classes that its classifier, if in-domain, sees, against training images; null: as in `fid`."""
 
@@ -163,18 +157,14 @@ class Coverage(Value, frozen=True):
     neighbours: Annotated[int, Meta(ge=1, le=100)] = 3
     nfe: Steps = (1,)
     mid: Positive = 0.821
-    ema: Lengths | None = None
-    at: Points | None = None
 
 
-class Pushforward(Value, frozen=True):
+class Pushforward(Metric, frozen=True):
     """On one-dimensional data: the prior's quantiles sent through f, their Wasserstein-2 distance
     to the data's, and the mass that lands between modes (over `reach` std from each)."""
 
     points: Annotated[int, Meta(ge=100, le=10_000_000)] = 20_000
     reach: Positive = 4.0
-    ema: Lengths | None = None
-    at: Points | None = None
 
 
 class Measure(Value, frozen=True):

@@ -100,7 +100,7 @@ def _check(folder: Path, others: Sequence[Path], why: str) -> None:
     expected |= {Path(TOLD), *(Path(GIVEN, f.name) for f in others)}
     there = [p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()]
     same = {p.relative_to(folder) for p in there} == expected
-    same = same and not any(p.is_symlink() for p in folder.rglob("*"))
+    same = same and not any(p.is_symlink() for p in there)
     same = same and digest(folder / "study") == code()["code"]
     if not same or any((folder / GIVEN / f.name).read_bytes() != f.read_bytes() for f in others):
         raise StudyError(f"{folder}: {why}")

@@ -6,7 +6,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -35,6 +34,20 @@ def label(run: Run) -> str:
     return run.folder.rpartition("-")[0]
 
 
+def say(console: Console, *lines: str) -> None:
+    """Prints lines as they are: codes for a terminal written out, nothing taken for markup, and
+    none folded, so that a path can be copied."""
+    for line in lines:
+        console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
+
+
+def reason(folder: Folder, outcome: str) -> str:
+    """Why a run failed, and where its log is, or why it diverged; nothing of others."""
+    if outcome == "failed":
+        return f"{folder.reason()}\n  log: {folder.file('log.txt')}"
+    return str(folder.trained["reason"]) if outcome == "diverged" else ""
+
+
 class Display:
     """What the launcher shows while it works. Progress is counted in training images."""
 
@@ -50,48 +63,33 @@ class Display:
             console=console,
             disable=not self.live,
         )
-        total = sum(r.recipe.factors.budget.images for r in runs)
-        self.count, self.runs = sum(r.id in done for r in runs), len(runs)
-        self.study = self.bars.add_task(
-            "study",
-            total=total,
-            note="",
-            completed=sum(r.recipe.factors.budget.images for r in runs if r.id in done),
-        )
+        self.count, self.runs = len(done), len(runs)
+        completed = sum(r.images for r in runs if r.id in done)
+        total = sum(r.images for r in runs)
+        self.study = self.bars.add_task("study", total=total, completed=completed, note="")
         self.tasks: dict[str, TaskID] = {}
         self.start: dict[str, float] = {}
 
     def __enter__(self) -> None:
         self.bars.start()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.bars.stop()
 
     def started(self, run: Run) -> None:
         """A process has taken the run."""
         self.start[run.id] = time.monotonic()
-        self.tasks[run.id] = self.bars.add_task(
-            label(run), total=run.recipe.factors.budget.images, note="starting"
-        )
+        self.tasks[run.id] = self.bars.add_task(label(run), total=run.images, note="starting")
         if not self.live:
-            self.console.print(f"start  {label(run)}", highlight=False)
+            say(self.console, f"start  {label(run)}")
 
     def progress(self, run: Run, row: Mapping | None) -> None:
         """The run's last log row."""
         task = self.bars.tasks[self.bars.task_ids.index(self.tasks[run.id])]
         if row and row["images"] > task.completed:
             self.bars.advance(self.study, row["images"] - task.completed)
-            whole = row["images"] >= run.recipe.factors.budget.images
-            self.bars.update(
-                task.id,
-                completed=row["images"],
-                note="measuring" if whole else f"loss {row['loss']:.3g}",
-            )
+            note = "measuring" if row["images"] >= run.images else f"loss {row['loss']:.3g}"
+            self.bars.update(task.id, completed=row["images"], note=note)
 
     def ended(self, run: Run, state: str | None) -> None:
         """The run's process is gone; state None means another launcher has the run."""
@@ -99,19 +97,11 @@ class Display:
         self.count += state == "done"
         if self.live or not state:
             return
-        seconds, folder, why = time.monotonic() - self.start[run.id], self.folders[run.id], ""
-        trained = folder.trained or {}
-        if state == "failed":
-            why = f"\n  {folder.reason()}\n  log: {folder.file('log.txt')}"
-        elif trained.get("outcome") == "diverged":
-            state, why = "diverged", f"\n  {trained['reason']}"
-        self.console.print(
-            f"{state:<6} {label(run)}  {seconds:.1f} s  [{self.count} of {self.runs} runs]"
-            f"{printable(why)}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        seconds, folder = time.monotonic() - self.start[run.id], self.folders[run.id]
+        state = "diverged" if folder.outcome == "diverged" else state
+        why = reason(folder, state)
+        say(self.console, f"{state:<6} {label(run)}  {seconds:.1f} s  "
+                          f"[{self.count} of {self.runs} runs]" + f"\n  {why}" * bool(why))
 
 
 def outcomes(store: Store, states: Mapping[str, str], retry: bool = False) -> dict[str, str]:
@@ -119,7 +109,7 @@ def outcomes(store: Store, states: Mapping[str, str], retry: bool = False) -> di
     source diverged or failed (unless that is tried again)."""
     result = dict(states)
     for i, state in states.items():
-        if state == "done" and (store.folders[i].trained or {}).get("outcome") == "diverged":
+        if state == "done" and store.folders[i].outcome == "diverged":
             result[i] = "diverged"
         elif state in ("pending", "interrupted") and store.blocked(store.study.unique[i], retry):
             result[i] = "blocked"

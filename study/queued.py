@@ -49,7 +49,7 @@ def set_for_sbatch() -> list[str]:
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """Without them in this process, for what calls sbatch itself."""
+    """Without them in this process, and so in what it starts."""
     taken = {k: os.environ.pop(k) for k in overruling()}
     try:
         yield
@@ -78,11 +78,10 @@ def limit(told: Mapping[str, str]) -> int | None:
 
 def asked(*words: str) -> str | None:
     """What a Slurm command prints; None where there is no such command or it fails."""
-    hidden = overruling()
-    seen = {k: v for k, v in os.environ.items() if k not in hidden}
     try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False,
-                              timeout=SECONDS, env=seen)  # fmt: skip
+        with plain():
+            done = subprocess.run(words, capture_output=True, text=True, check=False,
+                                  timeout=SECONDS)  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +21,7 @@ from study.meaning import references, simplest
 from study.metrics import Measure
 from study.places import check_places
 from study.settings import Settings, score_settings, settings_of
-from study.spec import Primary, Recipe, Run, Study, check_rounding, compared, meant
+from study.spec import SECTIONS, Primary, Recipe, Run, Study, check_rounding, compared, meant
 
 PRESETS = Path(__file__).with_name("presets.yaml")
 KEYS = tuple("question primary compare base sources variants cells seeds measure".split())
@@ -55,8 +55,8 @@ class Resolver:
                 raise StudyError(f"{file}: {key}: no such key; {meant(key, KEYS)}")
         self.tree = tree
         self.base = self._section("base")
-        self.sources = self._named("sources")
-        self.variants = self._named("variants")
+        self.groups = {key: self._named(key) for key in SECTIONS.values()}
+        self.sources, self.variants = self.groups["sources"], self.groups["variants"]
         self.cells = self._named("cells") or {self.name: {}}
         self.presets = read_file(PRESETS)
         if not self.variants:
@@ -85,20 +85,13 @@ class Resolver:
         """Resolves everything; runs come in an order in which sources precede their users."""
         many = len(self.cells) * (len(self.sources) + len(self.variants))
         check_runs(many, self.seeds, self.file)
-        recipes = [
-            self._recipe(name, role, cell)
-            for cell in self.cells
-            for role, group in (("teacher", self.sources), ("student", self.variants))
-            for name in group
-        ]
-        table = {(r.name, r.cell): r for r in recipes}
-        recipes = [self._charged(r, table) for r in recipes]
-        table = {(r.name, r.cell): r for r in recipes}
+        table: dict[tuple[str, str], Recipe] = {}
+        for cell, (role, key) in product(self.cells, SECTIONS.items()):
+            for name in self.groups[key]:  # sources first: variants are charged with them
+                table[name, cell] = self._recipe(name, role, cell, table)
+        recipes = list(table.values())
         check_measurements(recipes, self.file)
-        sources: dict[str, dict[str, Recipe]] = {cell: {} for cell in self.cells}
-        for recipe in recipes:
-            if recipe.role == "teacher":
-                sources[recipe.cell][recipe.name] = recipe
+        sources = {c: {name: table[name, c] for name in self.sources} for c in self.cells}
         for recipe in recipes:
             check_recipe(recipe, self._where(recipe), sources[recipe.cell], self.variants)
         check_places(recipes, self._where)
@@ -139,11 +132,9 @@ class Resolver:
 
     # --- one recipe ---
 
-    def _chain(
-        self, name: str, group: dict, where: str, seen: tuple[str, ...] = ()
-    ) -> list[tuple[str, dict]]:
+    def _chain(self, key: str, name: str, seen: tuple[str, ...] = ()) -> list[tuple[str, dict]]:
         """The layers of a variant or source, `from` first: (where it stands, its own keys)."""
-        own = dict(group[name])
+        where, own = f"{key}.{name}", dict(self.groups[key][name])
         if where in seen:
             raise StudyError(f"{self.file}: {where}.from: a cycle: {' -> '.join((*seen, where))}")
         if len(seen) > MOST_ABOVE:
@@ -154,13 +145,8 @@ class Resolver:
         if not isinstance(origin, str):
             raise StudyError(f"{self.file}: {where}.from: {origin!r} given; one name expected")
         preset = origin.removeprefix("preset:")
-        if origin in self.variants or origin in self.sources:
-            group, key = (
-                (self.variants, "variants")
-                if origin in self.variants
-                else (self.sources, "sources")
-            )
-            below = self._chain(origin, group, f"{key}.{origin}", (*seen, where))
+        if above := next((k for k, group in self.groups.items() if origin in group), None):
+            below = self._chain(above, origin, (*seen, where))
         elif preset in self.presets:
             below = [(f"preset {preset}", mapping(self.presets[preset], f"preset {preset}"))]
         else:
@@ -168,17 +154,17 @@ class Resolver:
             raise StudyError(f"{self.file}: {where}.from: {origin!r}; {nearest(origin, names)}")
         return [*below, (where, own)]
 
-    def _recipe(self, name: str, role: str, cell: str) -> Recipe:
-        key, group = (
-            ("variants", self.variants) if role == "student" else ("sources", self.sources)
-        )
+    def _recipe(
+        self, name: str, role: str, cell: str, table: Mapping[tuple[str, str], Recipe]
+    ) -> Recipe:
+        key = SECTIONS[role]
         cell_keys = {k: v for k, v in self.cells[cell].items() if k not in ("measure", "primary")}
         layered = Layered(Factors, self.file)
         layered.add(self.base, "base")
         fixed = layered.add(cell_keys, f"cells.{cell}")
         charge: object = ()
         seeds = self.seeds
-        for where, own in self._chain(name, group, f"{key}.{name}"):
+        for where, own in self._chain(key, name):
             charge = own.pop("charge", charge) or ()
             if "seeds" in own:
                 given = self._seeds(own.pop("seeds"), f"{where}.seeds")
@@ -194,30 +180,29 @@ class Resolver:
                         f"{self.file}: {where}.{path}: cell {cell!r} sets this key, so "
                         "no variant may; only sources override a cell"
                     )
+        place = f"{self.file}: {key}.{name}.charge"
         if role == "teacher" and charge:
-            raise StudyError(f"{self.file}: {key}.{name}.charge: only variants pay for sources")
+            raise StudyError(f"{place}: only variants pay for sources")
         if not (
             isinstance(charge, list | tuple)
             and all(isinstance(c, str) and c in self.sources for c in charge)
             and len(set(charge)) == len(charge)
         ):
             raise StudyError(
-                f"{self.file}: {key}.{name}.charge: {charge!r}; a list of different "
-                f"sources expected ({nearest('', self.sources)})"
+                f"{place}: {charge!r}; a list of different sources expected "
+                f"({nearest('', self.sources)})"
             )
-        factors = simplest(layered.build())
-        return Recipe(
-            name,
-            role,
-            cell,
-            self._budgeted(factors, layered),
-            tuple(charge),
-            seeds,
-            self._measure(cell, factors),
-        )
+        charged = [table[c, cell].factors.budget.images for c in charge]
+        factors = self._budgeted(simplest(layered.build()), layered, charged, place)
+        asked = self._layered(Measure, "measure", cell)
+        measure = asked.build()
+        check_measure(measure, factors, asked.where)
+        return Recipe(name, role, cell, factors, tuple(charge), seeds, measure)
 
-    def _budgeted(self, factors: Factors, layered: Layered) -> Factors:
-        """budget.share resolved against the base budget."""
+    def _budgeted(
+        self, factors: Factors, layered: Layered, charged: Sequence[int], where: str
+    ) -> Factors:
+        """budget.share resolved against the base budget, less the images of charged sources."""
         budget = factors.budget
         if budget.images is None:
             raise StudyError(f"{layered.where('budget')}: needs 'images', in base or here")
@@ -232,37 +217,23 @@ class Resolver:
             raise StudyError(
                 f"{layered.where('sigma')}: min {sigma.min} is not below max {sigma.max}"
             )
-        return msgspec.structs.replace(factors, budget=Budget(images=round(images)))
-
-    def _charged(self, recipe: Recipe, table: Mapping[tuple[str, str], Recipe]) -> Recipe:
-        """The recipe with the charged sources' images taken from its own budget."""
-        if not recipe.charge:
-            return recipe
-        charged = sum(table[c, recipe.cell].factors.budget.images for c in recipe.charge)
-        images = recipe.factors.budget.images - charged
-        if images <= 0 or images % recipe.factors.batch:
+        left = round(images) - sum(charged)
+        if charged and (left <= 0 or left % factors.batch):
             raise StudyError(
-                f"{self._where(recipe)}.charge: {charged} of "
-                f"{recipe.factors.budget.images} images are charged; what is left must "
-                f"be a positive number of whole batches of {recipe.factors.batch}"
+                f"{where}: {sum(charged)} of {round(images)} images are charged; what is left "
+                f"must be a positive number of whole batches of {factors.batch}"
             )
-        return replace(
-            recipe, factors=msgspec.structs.replace(recipe.factors, budget=Budget(images=images))
-        )
+        return msgspec.structs.replace(factors, budget=Budget(images=left))
 
-    def _measure(self, cell: str, factors: Factors) -> Measure:
-        """The study's `measure` with the cell's laid over it."""
-        layered = Layered(Measure, self.file)
-        layered.add(self._section("measure"), "measure")
-        where = f"cells.{cell}.measure"
-        layered.add(mapping(self.cells[cell].get("measure"), f"{self.file}: {where}"), where)
-        measure = layered.build()
-        check_measure(measure, factors, layered.where)
-        return measure
+    def _layered(self, kind: type, key: str, cell: str) -> Layered:
+        """A section of the file with the cell's own laid over it."""
+        layered, where = Layered(kind, self.file), f"cells.{cell}.{key}"
+        layered.add(self._section(key), key)
+        layered.add(mapping(self.cells[cell].get(key), f"{self.file}: {where}"), where)
+        return layered
 
     def _where(self, recipe: Recipe) -> str:
-        key = "variants" if recipe.role == "student" else "sources"
-        return f"{self.file}: {key}.{recipe.name}"
+        return f"{self.file}: {recipe.place}"
 
     # --- what holds between recipes ---
 
@@ -320,11 +291,8 @@ class Resolver:
     def _primaries(self, table: Mapping[tuple[str, str], Recipe]) -> dict[str, Primary]:
         """The primary comparison of each cell, checked against what is measured there."""
         result = {}
-        for cell, keys in self.cells.items():
-            layered = Layered(Primary, self.file)
-            layered.add(self._section("primary"), "primary")
-            where = f"cells.{cell}.primary"
-            layered.add(mapping(keys.get("primary"), f"{self.file}: {where}"), where)
+        for cell in self.cells:
+            layered = self._layered(Primary, "primary", cell)
             if not layered.values:
                 continue
             primary = layered.build()

@@ -18,14 +18,14 @@ from rich.console import Console
 
 from study.cluster import submit
 from study.domains import check_counts, check_extractors
-from study.errors import StudyError, nearest, printable, several
+from study.errors import StudyError, nearest, several
 from study.extractors.names import is_inception
 from study.forecast import Kind, forecast, kind_of
 from study.halves import check_whole
 from study.launch import Launcher, devices
 from study.parameters import parameters
 from study.places import present, weights_file
-from study.progress import Display, label, outcomes, state_table
+from study.progress import label, outcomes, reason, say, state_table
 from study.queued import Queue
 from study.resolve import load
 from study.spec import Run, Study
@@ -134,14 +134,11 @@ def fetch_data(study: Study) -> dict[Data, str]:
     digests: dict[Data, str] = {}
     for data in {r.recipe.factors.data for r in study.runs}:
         data = getattr(data, "of", data)  # a fitted mixture reads the images it is fitted to
-        if isinstance(data, FashionMnist):
-            from study import fashion_mnist  # numpy, which --plan and --status do without
+        if isinstance(data, FashionMnist | Cifar10):
+            from study import cifar10, fashion_mnist  # numpy, which --plan and --status do without
 
-            fashion_mnist.load(None if data.root is None else Path(data.root))
-        elif isinstance(data, Cifar10):
-            from study import cifar10
-
-            cifar10.load(None if data.root is None else Path(data.root))
+            module = fashion_mnist if isinstance(data, FashionMnist) else cifar10
+            module.load(None if data.root is None else Path(data.root))
         elif isinstance(data, Images):
             from study import folder
 
@@ -177,8 +174,7 @@ def check_weights(store: Store, wanted: list[Run], thorough: bool) -> None:
         if path := weights_file(run.recipe.factors):
             users.setdefault(path, []).append(run)
     for path, runs in users.items():
-        roles = {"teacher": "sources", "student": "variants"}
-        names = dict.fromkeys(f"{roles[r.recipe.role]}.{r.recipe.name}" for r in runs)
+        names = dict.fromkeys(r.recipe.place for r in runs)
         where = f"{store.study.name}: {', '.join(names)}"
         begun = all(store.folders[r.id].trained for r in runs if r in wanted)
         if begun and not path.exists():
@@ -206,34 +202,31 @@ def check_weights(store: Store, wanted: list[Run], thorough: bool) -> None:
 def show_plan(console: Console, store: Store, wanted: list[Run], kind: Kind, retry: bool) -> None:
     """What is new, kept, left out and no longer asked for; kind: of the device that it is for."""
     states = outcomes(store, store.states(), retry)
-    left = {
-        r.id: f"{label(r)} left out: {why}"
-        for r in wanted
-        if states[r.id] in ("blocked", "failed") and (why := store.blocked(r, retry))
-    }
-    if not retry:
-        left |= {r.id: f"{label(r)} left out: failed; --retry tries it again" for r in wanted
-                 if states[r.id] == "failed"}  # fmt: skip
+    left = {}
+    for run in wanted:
+        if states[run.id] == "failed" and not retry:
+            left[run.id] = f"{label(run)} left out: failed; --retry tries it again"
+        elif states[run.id] in ("blocked", "failed") and (why := store.blocked(run, retry)):
+            left[run.id] = f"{label(run)} left out: {why}"
     names = {r.id for r in wanted if store.folders[r.id].trained is not None}
     kept = [r for r in wanted if r.id in names]
     new = [r for r in wanted if r.id not in names | left.keys()]
     due = sum(len(store.folders[r.id].due(r)) for r in kept if r.id not in left)
     due += sum(len(r.measures) for r in new)
     console.print(state_table(store.study, states))
-    console.print(
+    say(
+        console,
         f"{several(len(new), 'run')} to train "
-        f"({sum(r.recipe.factors.budget.images for r in new):,} images), {len(kept)} kept, "
+        f"({sum(r.images for r in new):,} images), {len(kept)} kept, "
         f"{several(due, 'measurement')} to make, "
         f"{several(len(store.orphans), 'folder')} that this study does not ask for"
         + f"; left out: {several(len(left), 'run')}" * bool(left),
-        highlight=False,
+        *(f"  {why}" for why in left.values()),
+        *unlike(store),
     )
-    for line in (*(f"  {why}" for why in left.values()), *unlike(store)):
-        console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
     if new and (expected := forecast(store, new, kind)):
-        console.print(printable(expected), highlight=False, markup=False)
-    for path in store.orphans:
-        console.print(f"  not asked for: {printable(str(path))}", highlight=False, markup=False)
+        say(console, expected)
+    say(console, *(f"  not asked for: {path}" for path in store.orphans))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -269,17 +262,13 @@ def main(arguments: list[str] | None = None) -> int:
             digests = fetch_data(study)
             check_weights(store, wanted, thorough=True)
             store.write_study(options.study)
-            for line in unlike(store, digests):  # before anything is spent
-                console.print(line, highlight=False, markup=False, soft_wrap=True)
+            say(console, *unlike(store, digests))  # before anything is spent
         if options.on and not options.status:
             submit(store, wanted, asked, options, console)
         elif slots:
-            done = {i for i, s in store.states(thorough=True).items() if s == "done"}
-            display = Display(console, wanted, done, store.folders)
             deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
-            Launcher(store, wanted, slots, display, options.retry).run(
-                deadline, options.workers == 0
-            )
+            launcher = Launcher(store, wanted, slots, console, options.retry)
+            launcher.run(deadline, options.workers == 0)
         return summary(console, store, wanted)
     except StudyError as error:
         problems.print(
@@ -295,35 +284,19 @@ def summary(console: Console, store: Store, wanted: list[Run]) -> int:
     told = outcomes(store, states)
     console.print(state_table(store.study, told))
     counts = Counter(told[r.id] for r in wanted)
-    console.print(", ".join(f"{n} {state}" for state, n in counts.items()), highlight=False)
+    say(console, ", ".join(f"{n} {state}" for state, n in counts.items()))
     for run in wanted:
-        folder = store.folders[run.id]
-        if told[run.id] == "failed":
-            console.print(
-                f"failed: {label(run)}: {printable(folder.reason())}\n"
-                f"  log: {folder.file('log.txt')}\n"
-                "  --retry tries it again",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
-        elif told[run.id] == "diverged":
-            why = printable(str(folder.trained["reason"]))
-            console.print(f"diverged: {label(run)}: {why}", highlight=False, markup=False)
-        elif told[run.id] == "blocked":
-            why = printable(store.blocked(run) or "")
-            console.print(f"blocked: {label(run)}: {why}", highlight=False, markup=False)
+        state = told[run.id]
+        why = store.blocked(run) if state == "blocked" else reason(store.folders[run.id], state)
+        if why:
+            again = "\n  --retry tries it again" * (state == "failed")
+            say(console, f"{state}: {label(run)}: {why}{again}")
     names = {r.id: label(r) for r in store.study.unique.values()}
-    for line in unlike(store) + queue.notes + queue.lines(states, names):
-        console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
-    console.print(
-        f"report: python analysis/report.py {store.path}  ->  "
-        f"{store.path / 'report' / 'report.html'}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(console, *unlike(store), *queue.notes, *queue.lines(states, names))
+    say(console, f"report: python analysis/report.py {store.path}  ->  "
+                 f"{store.path / 'report' / 'report.html'}")  # fmt: skip
     if counts["interrupted"] + counts["pending"]:
-        console.print("work is left: the same command goes on from here", highlight=False)
+        say(console, "work is left: the same command goes on from here")
     if counts["failed"] or counts["blocked"]:
         return 1
     return 0 if counts["done"] + counts["diverged"] == len(wanted) else 3

@@ -28,7 +28,7 @@ from study.factors import (
     Own,
 )
 from study.identity import canonical, difference, digest
-from study.meaning import endless, ignored
+from study.meaning import endless, estimates, ignored, updated
 from study.metrics import Measure
 
 HEUN_NFE = 35
@@ -138,14 +138,13 @@ def applies(kind: str, factors: Factors, role: str) -> bool:
         return True
     steps = kind != "gradient_slopes" or isinstance(objective, Consistency)
     rounds = kind != "gradient_rounding" or factors.precision != "float32"
-    trained = factors.budget.images != 0 and not isinstance(factors.target, Frozen)
+    trained = updated(factors) and not isinstance(factors.target, Frozen)
     return role == "student" and trained and steps and rounds
 
 
 def along(factors: Factors, role: str) -> bool:
     """Whether a run is measured along training: sources, and what is not trained, at their end."""
-    trained = factors.budget.images != 0 and not isinstance(factors.objective, FixedPoint)
-    return role == "student" and trained
+    return role == "student" and updated(factors)
 
 
 def snapshot_points(
@@ -163,8 +162,8 @@ def score_settings(measure: Measure, factors: Factors, ids: Mapping[str, str]) -
     if ask is None or not scored:
         return None
     score = canonical(factors, ids).get("score", difference(factors.score))
-    inner = (factors.score, *(getattr(factors.score, s, None) for s in ("inside", "outside")))
-    in_batch = endless(factors.data) and any(isinstance(s, KSample) for s in inner)
+    drawn = any(isinstance(s, KSample) for s in estimates(factors.score))
+    in_batch = drawn and endless(factors.data)
     return Settings(
         1.0,
         {

@@ -111,7 +111,7 @@ def _daemon(clients: int) -> Iterator[None]:
     watch = subprocess.Popen(
         ["sh", "-c", WATCH], env=seen | ours, start_new_session=True, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
-    before = {name: os.environ.get(name) for name in ours}
+    before = {name: value for name, value in os.environ.items() if name in ours}
     patience = GIVE_UP
     try:
         with _signals() as signals:
@@ -121,11 +121,9 @@ def _daemon(clients: int) -> Iterator[None]:
         patience = STOP
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in ours:
+            os.environ.pop(name, None)
+        os.environ.update(before)
         watch.stdin.close()
         watch.stdout.close()
         with _signals() as signals:  # what is late goes on by itself, until it is done

@@ -22,6 +22,8 @@ from study.metrics import Measure
 from study.settings import Settings, applies
 from study.values import Share, Value
 
+SECTIONS = {"teacher": "sources", "student": "variants"}  # of a study file, by role
+
 
 class Primary(Value, frozen=True):
     """The comparison the study was made for, declared before it ran; margin in the transformed
@@ -50,6 +52,11 @@ class Recipe:
     seeds: tuple[int, ...]
     measure: Measure
 
+    @property
+    def place(self) -> str:
+        """Where the study file has it."""
+        return f"{SECTIONS[self.role]}.{self.name}"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -62,6 +69,11 @@ class Run:
     refs: Mapping[str, str]
     charged: tuple[str, ...]
     measures: tuple[Settings, ...] = ()
+
+    @property
+    def images(self) -> int:
+        """How many it trains on: its own budget."""
+        return self.recipe.factors.budget.images
 
     @property
     def reads(self) -> tuple[str, ...]:

@@ -167,6 +167,11 @@ class Folder:
         """trained.json, or None while training is not finished. Raises StudyError if torn."""
         return read_json(self.file("trained.json"), Trained)
 
+    @property
+    def outcome(self) -> str | None:
+        """How training ended, trained or diverged; None while it has not."""
+        return (self.trained or {}).get("outcome")
+
     def digest(self, name: str) -> str:
         """SHA-256 that training wrote of one of its files. Raises StudyError where it did not."""
         known = (self.trained or {"sha256": {}})["sha256"]
@@ -195,32 +200,26 @@ class Folder:
             raise StudyError(f"{self.path}: run.json belongs to run {known.get('id')}")
 
     @contextmanager
-    def lock(self) -> Iterator[bool]:
-        """Holds the run's lock; yields False where another process has it."""
+    def lock(self, patience: float = 0.5) -> Iterator[bool]:
+        """Holds the run's lock; yields False where another process has it for longer than
+        `patience` seconds, which ride out a glance by `locked`."""
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.file("lock"))
         try:
-            lock.acquire(timeout=0.5, poll_interval=0.05)  # rides out a glance by `locked`
+            held = lock.acquire(timeout=patience, poll_interval=0.05)
         except Timeout:
             yield False
             return
-        try:
+        with held:
             yield True
-        finally:
-            lock.release()
 
     @property
     def locked(self) -> bool:
         """Whether a living process holds the lock."""
         if not self.file("lock").exists():
             return False
-        lock = FileLock(self.file("lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return True
-        lock.release()
-        return False
+        with self.lock(patience=0) as mine:
+            return not mine
 
     def due(self, run: Run, thorough: bool = False) -> list:
         """Settings asked of the run at points it has a snapshot for, and not yet measured.
@@ -245,9 +244,8 @@ class Folder:
             found = read_json(self.file(f"measures/{measurement}"), Measured)
         except StudyError:  # it is made again
             return False
-        if found is None or found["id"] != run.id:
-            return False
-        return not foreign(self.trained or {}, measurement, found)
+        ours = found is not None and found["id"] == run.id
+        return ours and not foreign(self.trained or {}, measurement, found)
 
     def complete(self, run: Run, thorough: bool = False) -> bool:
         """Whether training has ended and everything asked of its snapshots is there."""
@@ -326,16 +324,17 @@ class Store:
         except OSError as error:
             raise StudyError(f"{self.path}: cannot be written: {error.strerror}") from None
 
-    def states(self, thorough: bool = False) -> dict[str, str]:
-        """State by run id."""
-        return {r.id: self.folders[r.id].state(r, thorough) for r in self.study.unique.values()}
+    def states(self, runs: Iterable[Run] | None = None, thorough: bool = False) -> dict[str, str]:
+        """State by run id, of all runs unless some are given."""
+        asked = self.study.unique.values() if runs is None else runs
+        return {r.id: self.folders[r.id].state(r, thorough) for r in asked}
 
     def blocked(self, run: Run, retry: bool = False) -> str | None:
         """Why this run can't be made: a source that failed (unless it is tried again) or diverged;
         None where it can."""
         for source in (self.study.unique[i] for i in run.reads):
             folder = self.folders[source.id]
-            outcome = (folder.trained or {}).get("outcome")
+            outcome = folder.outcome
             failed = outcome is None and not retry and folder.state(source) == "failed"
             if failed or outcome == "diverged":
                 return f"its source {source.recipe.name} {outcome or 'failed'}"
@@ -346,5 +345,5 @@ class Store:
     def ready(self, waiting: Iterable[Run]) -> Iterator[Run]:
         """The runs whose referenced runs are all trained."""
         for run in waiting:
-            if all((self.folders[i].trained or {}).get("outcome") == "trained" for i in run.reads):
+            if all(self.folders[i].outcome == "trained" for i in run.reads):
                 yield run

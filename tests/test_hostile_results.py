@@ -405,6 +405,7 @@ def test_what_is_broken_is_named_in_the_report(case: str, tree: Path) -> None:
     assert "1 file could not be read" in told and name in told
     report.tables.comparisons(study)
     if name == "samples.png":
+        assert load.load(tree).problems == (problem,)  # the same bytes again: no address in it
         assert len(probes.sample_files(study, "digits")) == 3  # of the other seed
     assert peak() - before < 300_000  # KiB
 

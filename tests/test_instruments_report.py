@@ -214,7 +214,7 @@ def test_effective_samples_stand_beside_the_variance(built: Path) -> None:
 
 def test_parts_leave_out_levels_that_are_not_defined(built: Path) -> None:
     study = load.load(built.parent)
-    figure, _, ids = instruments.parts(study, pd.DataFrame(), "digits",
+    figure, _, ids = instruments.parts(study, "digits",
                                        dict.fromkeys(FEW, "#123456"))
     assert isinstance(figure, Figure) and ids is None
     black = figure.axes[0].collections[0].get_paths()[0].vertices
@@ -228,7 +228,7 @@ def test_variants_without_noise_have_no_panel(tmp_path: Path) -> None:
     for file in folder.glob("runs/*/measures/*-gradient_noise-*"):
         fake.edit(file, dropout=[0.0] * 6)
     study = load.load(folder)
-    figure, caption, _ = instruments.parts(study, pd.DataFrame(), "digits", palette(study))
+    figure, caption, _ = instruments.parts(study, "digits", palette(study))
     assert [a.get_title() for a in figure.axes] == ["ct"]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels[:2] == ["estimate of the score", "draw of $(t, x_t)$"]
@@ -262,7 +262,7 @@ def test_every_variant_looks_its_own(tmp_path: Path) -> None:
     (True, "single-sample and the analytic estimate are both the population's posterior mean")])
 def test_whose_posterior_mean_is_estimated(tmp_path: Path, vectors: bool, means: str) -> None:
     study = load.load(fake.write(tmp_path / "s", [0], variants=FEW, vectors=vectors))
-    _, caption, _ = probes.score(study, pd.DataFrame(), "digits", palette(study))
+    _, caption, _ = probes.score(study, "digits", palette(study))
     assert means in caption
     assert ("one standard error of the mean" in caption) == vectors
 
@@ -364,6 +364,8 @@ def test_fixed_points_that_nothing_is_trained_beside(tmp_path: Path) -> None:
     ({"kind": "continuous", "warm_up": 0.025, "c": 0.1},
      "continuous time (sCM; warm-up 0.025 of training, c 0.1)"),
     ({"kind": "fixed_point"}, "fixed point, computed and not trained"),
+    ({"kind": "blend", "alpha": "x", "beta": 0, "run": "edm"}, "nan exact posterior mean + nan "
+     "teacher edm, no noise (blend alpha nan, beta 0)"),  # of an edited file
     ({"kind": "l2_norm"}, "norm, not squared"), ({"kind": "none"}, "none")])
 def test_factors_in_words(given: dict, text: str) -> None:
     assert words.factor_text(given) == text

@@ -60,24 +60,15 @@ def test_equal_differences() -> None:
     assert (e.low, e.high, e.p) == (0.5, 0.5, 0.0)
 
 
-def test_interval_covers_at_its_level() -> None:
-    rng = np.random.default_rng(11)
-    intervals = [stats.paired(d) for d in rng.normal(0.2, 1, (4000, 3))]
-    covered = np.mean([e.low < 0.2 < e.high for e in intervals])
-    assert covered == pytest.approx(0.95, abs=0.011)  # 3.2 standard errors
-
-
-def test_pooled_interval_covers_and_is_narrower() -> None:
+def test_the_pooled_interval_of_six_variants_is_narrower() -> None:  # and holds: test_coverage
     rng = np.random.default_rng(12)
-    covered, widths, paired_widths = [], [], []
-    for _ in range(1500):
+    widths, paired_widths = [], []
+    for _ in range(200):
         y = rng.normal(0, 2, (3, 1)) + rng.normal(0, 0.3, (3, 6))
         e = stats.paired(y[:, 0] - y[:, 1])
         low, high = stats.pooled_interval(e.effect, 3, stats.layout(y))
-        covered.append(low < 0 < high)
         widths.append(high - low)
         paired_widths.append(e.high - e.low)
-    assert np.mean(covered) == pytest.approx(0.95, abs=0.018)
     assert np.mean(widths) < 0.7 * np.mean(paired_widths)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import ledger, load, shared, stats, tables
+from analysis import identities, ledger, load, shared, stats, tables
 
 END = {"nfe": 1, "at": 1.0, "reference": "train", "metric": "fid"}
 
@@ -91,6 +91,26 @@ def test_equal_images_with_and_without_sources(tmp_path: Path) -> None:
         assert row_of(table, *pair)[columns].tolist() == equal
 
 
+def test_what_a_file_of_weights_cost_is_not_known(tmp_path: Path) -> None:
+    """Nor of what learns from it; where both sides have no file it is."""
+    file = {"init": {"kind": "weights", "weights": "edm.pkl"}}
+    folder = fake.write(tmp_path / "s", variants=fake.VARIANTS | {"tuned": fake.Made(file)})
+    table = table_of(folder)
+    columns = ["matched", "matched_with_sources"]
+    assert row_of(table, "tuned", "ct")[columns].tolist() == ["yes", "unknown"]
+    plan = json.loads((folder / "study.json").read_text())
+    edm = next(r for r in plan["recipes"] if r["name"] == "edm")
+    edm["factors"] |= file
+    (folder / "study.json").write_text(json.dumps(plan))
+    table = table_of(folder)
+    for pair, equal in ((("ct_warm", "ct"), "unknown"), (("cd_warm", "cd"), "unknown"),
+                        (("ct", "cd"), "unknown"), (("ct", "cd_exact"), "yes")):
+        assert row_of(table, *pair)[columns].tolist() == ["yes", equal]
+    bill = load.load(folder).runs.set_index("name")
+    assert bill.loc["cd", "flops_with_sources"].isna().all()
+    assert bill.loc["cd", ["flops", "images_total"]].notna().all(axis=None)
+
+
 def test_a_budget_that_is_not_charged_is_a_factor(tmp_path: Path) -> None:
     half = fake.Made({"budget": {"images": fake.IMAGES // 2}})
     folder = fake.write(tmp_path / "s", variants={"ct": fake.VARIANTS["ct"], "half": half,
@@ -119,6 +139,15 @@ def test_unlike_identities_never_meet(tmp_path: Path) -> None:
         names = study.measures[(study.measures.identity == what)
                                & (study.measures.metric == metric)].name.unique()
         assert set(summary.index[summary[(metric, what)].notna()]) == set(names)
+
+
+def test_what_tells_identities_apart_is_told_whole() -> None:
+    one, two = (f'k[ema=raw, N=[20, {n}], score={{"kind": "a", "k": {n}}}, data_digest=0a1b2c3d4]'
+                for n in (40, 80))
+    assert identities.apart([one, two, one]) == {
+        one: 'N=[20, 40], score={"kind": "a", "k": 40}',
+        two: 'N=[20, 80], score={"kind": "a", "k": 80}'}
+    assert identities.apart([one]) == {one: ""}
 
 
 def test_other_data_is_another_identity(tmp_path: Path) -> None:
