@@ -40,7 +40,7 @@ EXAMPLES = """examples:
   python -m study.run sweeps/grid.yaml --only 'cd*-s0'    these runs and the sources they need
   python -m study.run sweeps/grid.yaml --on slurm --slurm partition=gpu --plan   as jobs
   python -m study.run sweeps/grid.yaml --set seeds='[0,1,2,3,4,5]'   more seeds: only they are new
-  python analysis/report.py grid                          the report:
+  python -m analysis.report grid                          the report:
   results/grid/report/report.html
 """
 
@@ -293,7 +293,7 @@ def summary(console: Console, store: Store, wanted: list[Run]) -> int:
             say(console, f"{state}: {label(run)}: {why}{again}")
     names = {r.id: label(r) for r in store.study.unique.values()}
     say(console, *unlike(store), *queue.notes, *queue.lines(states, names))
-    say(console, f"report: python analysis/report.py {store.path}  ->  "
+    say(console, f"report: python -m analysis.report {store.path}  ->  "
                  f"{store.path / 'report' / 'report.html'}")  # fmt: skip
     if counts["interrupted"] + counts["pending"]:
         say(console, "work is left: the same command goes on from here")

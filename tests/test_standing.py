@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,7 @@ from study.run import main
 from study.store import Folder, Store, append_line, write_json
 from study.subjects import Images
 
+ROOT = Path(__file__).parents[1]
 Told = pytest.CaptureFixture[str]
 
 
@@ -158,3 +162,14 @@ def test_an_image_that_changed_between_two_seeds_is_told_before_training(
     assert (f"small: seed 0 learned from data {before[:8]}; the data are now {after[:8]}: seeds "
             "on different data are not pooled\n") in first  # fmt: skip
     assert f"seed 1 learned from data {after[:8]}" in rest
+
+
+def test_the_report_is_made_by_the_command_that_is_printed(tmp_path: Path, capsys: Told) -> None:
+    study = write(tmp_path)
+    store = Store(tmp_path / "results", load(study))
+    store.write_study(study)
+    assert command(tmp_path, "--status") == 3
+    (words,) = re.findall(r"report: python (.*?)  ->  (.*)", capsys.readouterr().out)
+    where = {**os.environ, "PYTHONPATH": str(ROOT)}  # what an installed package comes to
+    subprocess.run([sys.executable, *words[0].split()], check=True, cwd=tmp_path, env=where)
+    assert Path(words[1]).is_file()
