@@ -30,7 +30,7 @@ from study.queued import Queue
 from study.resolve import load
 from study.spec import Run, Study
 from study.standing import digest, unlike
-from study.store import Store, sha256
+from study.store import LEFT, Store, sha256
 from study.subjects import Cifar10, Data, FashionMnist, Images
 
 EXAMPLES = """examples:
@@ -295,7 +295,7 @@ def summary(console: Console, store: Store, wanted: list[Run]) -> int:
     say(console, *unlike(store), *queue.notes, *queue.lines(states, names))
     say(console, f"report: python -m analysis.report {store.path}  ->  "
                  f"{store.path / 'report' / 'report.html'}")  # fmt: skip
-    if counts["interrupted"] + counts["pending"]:
+    if any(counts[state] for state in LEFT):
         say(console, "work is left: the same command goes on from here")
     if counts["failed"] or counts["blocked"]:
         return 1

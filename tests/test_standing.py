@@ -173,3 +173,24 @@ def test_the_report_is_made_by_the_command_that_is_printed(tmp_path: Path, capsy
     where = {**os.environ, "PYTHONPATH": str(ROOT)}  # what an installed package comes to
     subprocess.run([sys.executable, *words[0].split()], check=True, cwd=tmp_path, env=where)
     assert Path(words[1]).is_file()
+
+
+def test_what_is_trained_and_not_measured_is_not_called_interrupted(
+    tmp_path: Path, capsys: Told
+) -> None:
+    """Other measurements are asked for: nothing is trained again, and nothing sounds like it."""
+    write(tmp_path)
+    made = folders(tmp_path)
+    for name in ("ct-s0", "ct-s1"):
+        append_line(made[name].file("attempts.jsonl"), {"event": "end", "reason": "done"})
+    ended(made["ct-s0"])
+    assert command(tmp_path, "--status") == 3
+    told = capsys.readouterr().out
+    assert rows(told)["ct"] == ["to measure", "interrupted"]
+    assert "1 to measure" in told and "work is left" in told
+    assert command(tmp_path, "--plan") == 0
+    assert rows(capsys.readouterr().out)["ct"] == ["to measure", "interrupted"]
+    many = f"seeds={list(range(20))}"
+    assert command(tmp_path, "--status", "--set", many) == 3
+    told = " ".join(rows(capsys.readouterr().out)["ct"])
+    assert "1 to measure, 1 interrupted, 18 pending" in told
