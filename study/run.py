@@ -29,7 +29,7 @@ from study.progress import label, outcomes, reason, say, state_table
 from study.queued import Queue
 from study.resolve import load
 from study.spec import Run, Study
-from study.standing import digest, unlike
+from study.standing import check_blocks, digest, unlike
 from study.store import LEFT, Store, sha256
 from study.subjects import Cifar10, Data, FashionMnist, Images
 
@@ -130,22 +130,26 @@ def chosen(study: Study, patterns: list[str]) -> list[Run]:
 
 def fetch_data(study: Study) -> dict[Data, str]:
     """Finds or downloads files that data and extractors need, once, before any process asks for
-    them. Returns the digests of data that may change: images in a folder."""
+    them. Returns the digests of data that lie in files, which may change."""
     digests: dict[Data, str] = {}
     for data in {r.recipe.factors.data for r in study.runs}:
         data = getattr(data, "of", data)  # a fitted mixture reads the images it is fitted to
-        if isinstance(data, FashionMnist | Cifar10):
-            from study import cifar10, fashion_mnist  # numpy, which --plan and --status do without
+        if not isinstance(data, FashionMnist | Cifar10 | Images):
+            continue
+        from study import folder
+        from study.extractors import splits  # numpy, which --plan and --status do without
 
-            module = fashion_mnist if isinstance(data, FashionMnist) else cifar10
-            module.load(None if data.root is None else Path(data.root))
-        elif isinstance(data, Images):
-            from study import folder
-
-            # what is known only now, unlike other data's
-            parts = {k: v[0] for k, v in folder.load(Path(data.root), data.held_out).items()}
-            planes = (parts[part].transpose(0, 3, 1, 2) for part in ("train", "held_out"))
-            digests[data] = digest(*planes)
+        root = None if data.root is None else Path(data.root)
+        if isinstance(data, FashionMnist):
+            found = splits.of_fashion_mnist(root)
+        elif isinstance(data, Cifar10):
+            found = splits.of_cifar10(root)
+        else:
+            found = folder.load(root, data.held_out)
+        parts = {k: found[k][0] for k in ("train", "held_out")}
+        parts = {k: v[..., None] if v.ndim == 3 else v for k, v in parts.items()}
+        digests[data] = digest(*(v.transpose(0, 3, 1, 2) for v in parts.values()))
+        if isinstance(data, Images):  # what is known only now, unlike other data's
             image, counts = parts["train"].shape[:0:-2], {k: len(v) for k, v in parts.items()}
             for recipe in study.recipes:
                 if recipe.factors.data == data:
@@ -261,8 +265,9 @@ def main(arguments: list[str] | None = None) -> int:
         if not options.status:
             digests = fetch_data(study)
             check_weights(store, wanted, thorough=True)
+            told = check_blocks(store, wanted, digests, options.retry)
             store.write_study(options.study)
-            say(console, *unlike(store, digests))  # before anything is spent
+            say(console, *unlike(store, digests), *told)  # before anything is spent
         if options.on and not options.status:
             submit(store, wanted, asked, options, console)
         elif slots:
