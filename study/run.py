@@ -24,7 +24,7 @@ from study.forecast import Kind, forecast, kind_of
 from study.halves import check_whole
 from study.launch import Launcher, devices
 from study.parameters import parameters
-from study.places import present, weights_file
+from study.places import lacking, present, weights_file
 from study.progress import label, outcomes, reason, say, state_table
 from study.queued import Queue
 from study.resolve import load
@@ -137,7 +137,7 @@ def fetch_data(study: Study) -> dict[Data, str]:
         if not isinstance(data, FashionMnist | Cifar10 | Images):
             continue
         from study import folder
-        from study.extractors import splits  # numpy, which --plan and --status do without
+        from study.extractors import splits  # numpy, which --status does without
 
         root = None if data.root is None else Path(data.root)
         if isinstance(data, FashionMnist):
@@ -228,6 +228,8 @@ def show_plan(console: Console, store: Store, wanted: list[Run], kind: Kind, ret
         *(f"  {why}" for why in left.values()),
         *unlike(store),
     )
+    data = dict.fromkeys(r.recipe.factors.data for r in store.study.runs)
+    say(console, *(f"data: {what}" for what in dict.fromkeys(map(lacking, data)) if what))
     if new and (expected := forecast(store, new, kind)):
         say(console, expected)
     say(console, *(f"  not asked for: {path}" for path in store.orphans))

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from studies import TWO_MODES, of_images, trained, write
 
-from study import data, standing, worker
+from study import data, fashion_mnist, standing, worker
 from study.errors import StudyError
 from study.resolve import load
 from study.run import fetch_data, main
@@ -248,6 +248,33 @@ def test_a_failed_run_keeps_nobody_from_working_until_it_is_tried_again(tmp_path
     assert standing.check_blocks(store, wanted, {}, True) == []
     with pytest.raises(StudyError, match="cd-small-s0 would be trained"):
         standing.check_blocks(store, wanted, now, True)
+
+
+@pytest.mark.parametrize("kind, said", [
+    ("{kind: images, root: photos.zip, held_out: 4}", "photos.zip is not there"),
+    ("cifar10", "cifar10 is not in data/cifar10; will be downloaded (170 MB)"),
+    ("{kind: cifar10, root: mine}", "cifar10 is not in mine; will be downloaded (170 MB)"),
+    ("fashion_mnist", "fashion_mnist is not in data/fashion_mnist; will be downloaded (31 MB)"),
+    ("{kind: fitted_mixture, of: fashion_mnist}",
+     "fashion_mnist is not in data/fashion_mnist; will be downloaded (31 MB)"),
+    ("{kind: fashion_mnist, root: own}", "own: t10k-images-idx3-ubyte is not the published file"),
+    ("{kind: images, root: own, held_out: 4}", None), ("digits", None),
+    ("{kind: cifar10, root: whole}", None),
+])  # fmt: skip
+def test_a_plan_says_which_data_are_not_there(
+    kind: str, said: str | None, tmp_path: Path, capsys: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "debian")  # may be here
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "t10k-images-idx3-ubyte").write_bytes(b"of my own")
+    (tmp_path / "whole" / "cifar-10-batches-py").mkdir(parents=True)
+    text = of_images(tmp_path, [0])
+    write(tmp_path, text.replace(f"{{kind: images, root: {tmp_path}, held_out: 4}}", kind))
+    assert command(tmp_path, "--plan") == 0
+    told = [x for x in capsys.readouterr().out.splitlines() if x.startswith("data: ")]
+    assert [x.startswith(f"data: {said}") for x in told] == [True] * (said is not None)
+    assert not (tmp_path / "data").exists()
 
 
 def test_the_report_is_made_by_the_command_that_is_printed(tmp_path: Path, capsys: Told) -> None:
