@@ -231,7 +231,8 @@ def test_digests_before_training_are_those_that_training_writes(
     for text in (grey, colour):
         study = load(write(tmp_path, of_images(tmp_path, [0]).replace(colour, text)))
         kind = study.recipes[0].factors.data
-        assert fetch_data(study) == {kind: data.load(kind).digest}
+        loaded = data.load(kind)
+        assert fetch_data(study) == {kind: (loaded.digest, loaded.shape)}
 
 
 def test_a_failed_run_keeps_nobody_from_working_until_it_is_tried_again(tmp_path: Path) -> None:
