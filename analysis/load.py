@@ -54,8 +54,9 @@ class Study:
     runs, measures, score_errors, map_errors, instruments: frames with the columns named above and
     in analysis.records, in the order of the study file. settings: of each instrument's file, runs
     by name. missing: measurements asked for and not there. problems: one sentence per file that
-    could not be used. A run's state is pending, unfinished (running or interrupted: the files
-    cannot tell), failed, or done; a diverged run is done, with outcome "diverged".
+    could not be used. A run's state is pending, unfinished (to measure, or running or interrupted,
+    which the files cannot tell apart), failed, or done; a diverged run is done, with outcome
+    "diverged".
     """
 
     folder: Path

@@ -125,8 +125,8 @@ def _completeness(study: Study) -> list[Block]:
               "same runs as")
     keep = [k for k in range(len(header)) if k < 5 or any(row[k] not in ("0", "") for row in rows)]
     blocks: list[Block] = [
-        Text(f"{several(len(runs), 'run')} planned: {detail}. Unfinished means running or "
-             "interrupted."),
+        Text(f"{several(len(runs), 'run')} planned: {detail}. Unfinished means running, "
+             "interrupted or to measure."),
         Table(tuple(header[k] for k in keep), tuple(tuple(row[k] for k in keep) for row in rows),
               "Names that mean the same run share its folder and are counted once."
               if study.runs.same_as.any() else "")]

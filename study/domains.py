@@ -30,6 +30,15 @@ def references_in(factors: Factors) -> int:
     return 2 * n if factors.augment == "flip" else n
 
 
+def shape_of(data: Data) -> tuple[int, ...] | None:
+    """The shape of one x; None of a folder of images, which nobody knows before it is read."""
+    if isinstance(data, Mixture):
+        return (len(data.means[0]),)
+    data = data.of if isinstance(data, FittedMixture) else data
+    kind = data.__struct_config__.tag
+    return None if isinstance(data, Images) else (CHANNELS[kind], SIDE[kind], SIDE[kind])
+
+
 def images_in(data: Data) -> dict[str, int]:
     """How many images there are of each part; many of endless draws or where nobody looked."""
     many, kind = 1_000_000, data.__struct_config__.tag

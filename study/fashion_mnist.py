@@ -60,6 +60,19 @@ def load(root: Path | None = None) -> dict[str, np.ndarray]:
     holds only some of the user's own files, or if a download fails.
     """
     root = DEFAULT_ROOT if root is None else Path(root)
+    paths = {key: path or _download(root, FILES[key]) for key, path in find(root).items()}
+    arrays = {key: read_idx(path, FILES[key].item) for key, path in paths.items()}
+    for part in ("train", "test"):
+        images, labels = len(arrays[f"{part}_images"]), len(arrays[f"{part}_labels"])
+        if images != labels:
+            found = f"found {labels} labels for {images} images"
+            raise StudyError(f"{paths[f'{part}_labels']}: {found}; allowed: {images}")
+    return arrays
+
+
+def find(root: Path) -> dict[str, Path | None]:
+    """Where each file lies, in `root` or else all in Debian's folder; None of one that is to be
+    downloaded. Raises StudyError if `root` holds only some of the user's own files."""
     paths = {key: _find(root, published) for key, published in FILES.items()}
     if None in paths.values():
         installed = {key: _find(DEBIAN, published) for key, published in FILES.items()}
@@ -72,14 +85,7 @@ def load(root: Path | None = None) -> dict[str, np.ndarray]:
                     f"{', '.join(missing)} is missing; put all four files there, or none"
                 )
         paths = installed if None not in installed.values() else paths
-    paths = {key: path or _download(root, FILES[key]) for key, path in paths.items()}
-    arrays = {key: read_idx(path, FILES[key].item) for key, path in paths.items()}
-    for part in ("train", "test"):
-        images, labels = len(arrays[f"{part}_images"]), len(arrays[f"{part}_labels"])
-        if images != labels:
-            found = f"found {labels} labels for {images} images"
-            raise StudyError(f"{paths[f'{part}_labels']}: {found}; allowed: {images}")
-    return arrays
+    return paths
 
 
 def read_idx(path: Path, item: tuple[int, ...]) -> np.ndarray:

@@ -151,15 +151,23 @@ def picture(real: Dataset, mixture: LowRankMixture) -> bytes:
     return grid(torch.cat(halves, 1).flatten(0, 1))
 
 
+HELP = """Fits a mixture of low-rank Gaussians to the training images (once; then it is read from
+the cache) and shows how good the fit is: the mean log density of real training and held-out
+images, beside that of one Gaussian, and a picture of real images on the left, draws on the right.
+"""
+
+
 def main(words: Sequence[str] | None = None) -> int:
-    """The command: prints log-likelihoods and writes the picture. Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m study.fitted", description=main.__doc__)
-    parser.add_argument("of", choices=["digits", "fashion_mnist"])
+    """The command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m study.fitted", description=HELP)
+    parser.add_argument("of", choices=["digits", "fashion_mnist"], help="the images")
     defaults = subjects.FittedMixture(of=subjects.Digits())
-    parser.add_argument("--components", type=int, default=defaults.components)
-    parser.add_argument("--rank", type=int, default=defaults.rank)
+    parser.add_argument("--components", type=int, default=defaults.components,
+                        help="Gaussians, at most (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--rank", type=int, default=defaults.rank,
+                        help="of each one's covariance, its diagonal aside (default: %(default)s)")
     parser.add_argument("--root", help="folder with Fashion-MNIST's files")
-    parser.add_argument("--png", type=Path, help="default: fitted-DATA.png")
+    parser.add_argument("--png", type=Path, help="the picture (default: fitted-DATA.png)")
     given = parser.parse_args(words)
     try:
         of = subjects.Digits() if given.of == "digits" else subjects.FashionMnist(root=given.root)

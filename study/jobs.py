@@ -23,7 +23,7 @@ from study.progress import label
 from study.queued import asked, own_job
 from study.resolve import load
 from study.spec import Run
-from study.store import Store
+from study.store import LEFT, Store
 
 ALIVE = ("RUNNING", "SIGNALING")  # the latter while a signal of Slurm's is on its way
 
@@ -62,7 +62,7 @@ class Job:
         launcher = Launcher(store, todo, devices(device, 1)[:1], Console(), retry)
         launcher.run(None, in_process=True)
         states = store.states(runs)
-        left = [r for r in runs if states[r.id] in ("pending", "interrupted")]
+        left = [r for r in runs if states[r.id] in LEFT]
         state = _state() if launcher.stopping and left else ""
         if state in ALIVE:
             signal.raise_signal(signal.SIGUSR2)  # submitit's handler, which requeues

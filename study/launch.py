@@ -23,7 +23,7 @@ from study.errors import StudyError
 from study.progress import Display, say
 from study.sharing import sharing
 from study.spec import Run
-from study.store import Store, append_line, now
+from study.store import LEFT, Store, append_line, now
 
 POLL = 0.1  # seconds between looks at the processes
 FOREIGN = 2.0  # seconds between looks at runs that another launcher works on
@@ -174,7 +174,7 @@ class Launcher:
             self.foreign[run.id] = time.monotonic() + FOREIGN
             return self.display.ended(run, None)
         self.foreign.pop(run.id, None)
-        lost = folder.state(run) in ("pending", "interrupted") and code != STOPPED
+        lost = folder.state(run) in LEFT and code != STOPPED
         if lost and not self.stopping:  # a child that was asked to stop may die before it can hear
             why = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
             row = {"event": "end", "time": now(), "reason": f"the process was lost: {why}"}

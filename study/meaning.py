@@ -3,6 +3,8 @@ name. The identity of a run rests on it."""
 
 from __future__ import annotations
 
+from typing import assert_never
+
 from msgspec.structs import replace
 
 from study.factors import (
@@ -19,6 +21,7 @@ from study.factors import (
     FixedPoint,
     Frozen,
     KSample,
+    Own,
     PosteriorK,
     Score,
     SingleSample,
@@ -36,19 +39,36 @@ def estimates(score: Score) -> tuple[Score, ...]:
 
 def deterministic(score: Score) -> bool:
     """Whether D^ is a function of x_t and t alone: no variance given x_t."""
-    return all(
-        isinstance(s, Teacher | Empirical | Analytic) or (isinstance(s, Blend) and s.beta == 0)
-        for s in estimates(score)
-    )
+    match score:
+        case Teacher() | Empirical() | Analytic():
+            return True
+        case Blend(beta=beta):
+            return beta == 0
+        case Windowed(inside=inside, outside=outside):
+            return deterministic(inside) and deterministic(outside)
+        case SingleSample() | KSample() | PosteriorK() | Own():
+            return False
+        case _:
+            assert_never(score)
 
 
 def reads_law(factors: Factors) -> bool:
     """Whether the score or its repeats need the posterior of what x is drawn from."""
-    return factors.repeat > 1 or any(
-        isinstance(s, Empirical | KSample | PosteriorK)
-        or (isinstance(s, Blend) and (s.alpha != s.beta or s.residual == "gaussian"))
-        for s in estimates(factors.score)
-    )
+    return factors.repeat > 1 or _reads_law(factors.score)
+
+
+def _reads_law(score: Score) -> bool:
+    match score:
+        case Empirical() | KSample() | PosteriorK():
+            return True
+        case Blend(alpha=alpha, beta=beta, residual=residual):
+            return alpha != beta or residual == "gaussian"
+        case Windowed(inside=inside, outside=outside):
+            return _reads_law(inside) or _reads_law(outside)
+        case SingleSample() | Teacher() | Analytic() | Own():
+            return False
+        case _:
+            assert_never(score)
 
 
 def has_head(factors: Factors) -> bool:

@@ -179,6 +179,20 @@ def initial(run: Run, sources: Mapping[str, Run], lookup: Lookup, dataset: Datas
     return net
 
 
+def check_fit(outside: interop.Outside, factors: Factors, shape: tuple[int, ...]) -> None:
+    """The file's weights are of the run's network and of its noise levels, told before there are
+    data or a network but in shape; x is of `shape`. Raises StudyError as `initial`, a measured
+    sigma_data aside."""
+    sigma = factors.sigma
+    if "data" in outside.sigma and not sigma.data:
+        sigma = msgspec.structs.replace(sigma, data=outside.sigma["data"])
+    interop.agree(outside, factors.objective, sigma, factors.budget.images == 0)
+    kind, drop, head = factors.network, factors.dropout, has_head(factors)
+    with torch.device("meta"):
+        net = networks.made(kind, shape, drop, factors.precision, head)
+    interop.fit(outside, net)
+
+
 def make_optimizer(kind: Optimizer, net: nn.Module) -> torch.optim.Optimizer:
     """The optimiser over all parameters of the network."""
     match kind:

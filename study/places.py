@@ -9,12 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from os.path import abspath
 from pathlib import Path
+from typing import assert_never
 
 from study.errors import StudyError
 from study.factors import Factors, FromWeights
 from study.meaning import ignored
 from study.spec import Recipe
-from study.subjects import Images
+from study.subjects import (
+    Cifar10,
+    Data,
+    Digits,
+    FashionMnist,
+    FittedMixture,
+    Images,
+    Mixture,
+)
 
 
 def weights_file(factors: Factors) -> Path | None:
@@ -28,6 +37,38 @@ def present(path: Path) -> Path:
     if not path.is_file():
         raise StudyError(f"init.weights: {path}: no such file (looked for in {Path.cwd()})")
     return path
+
+
+def lacking(data: Data) -> str | None:
+    """What of the data's files is not here, and whether it will be downloaded; None where nothing
+    is lacking. No file is decoded or fetched."""
+    match data:
+        case Digits() | Mixture():
+            return None
+        case FittedMixture(of=of):
+            return lacking(of)
+        case Images(root=root):
+            return None if Path(root).exists() else f"{root} is not there"
+        case Cifar10(root=root):
+            from study import cifar10  # numpy, which is not needed otherwise
+
+            place = Path(root or cifar10.DEFAULT_ROOT)
+            size = 0 if cifar10.find(place) else cifar10.SIZE
+        case FashionMnist(root=root):
+            from study import fashion_mnist
+
+            place = Path(root or fashion_mnist.DEFAULT_ROOT)
+            try:
+                found = fashion_mnist.find(place)
+            except StudyError as error:
+                return str(error)
+            size = sum(fashion_mnist.FILES[k].size for k, path in found.items() if not path)
+        case _:
+            assert_never(data)
+    if not size:
+        return None
+    kind = data.__struct_config__.tag
+    return f"{kind} is not in {place}; will be downloaded ({size / 1e6:.0f} MB)"
 
 
 def _places(factors: Factors) -> Iterator[tuple[str, str, str, str]]:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from study.errors import printable
 from study.spec import Run, Study
-from study.store import Folder, Store
+from study.store import LEFT, Folder, Store
 
 COLOURS = {
     "done": "green",
@@ -23,6 +23,7 @@ COLOURS = {
     "failed": "red",
     "blocked": "red",
     "interrupted": "yellow",
+    "to measure": "yellow",
     "pending": "dim",
 }
 
@@ -111,7 +112,7 @@ def outcomes(store: Store, states: Mapping[str, str], retry: bool = False) -> di
     for i, state in states.items():
         if state == "done" and store.folders[i].outcome == "diverged":
             result[i] = "diverged"
-        elif state in ("pending", "interrupted") and store.blocked(store.study.unique[i], retry):
+        elif state in LEFT and store.blocked(store.study.unique[i], retry):
             result[i] = "blocked"
     return result
 

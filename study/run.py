@@ -11,26 +11,28 @@ import argparse
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 
 from study.cluster import submit
-from study.domains import check_counts, check_extractors
+from study.domains import check_counts, check_extractors, shape_of
 from study.errors import StudyError, nearest, several
 from study.extractors.names import is_inception
 from study.forecast import Kind, forecast, kind_of
 from study.halves import check_whole
 from study.launch import Launcher, devices
 from study.parameters import parameters
-from study.places import present, weights_file
+from study.places import lacking, present, weights_file
 from study.progress import label, outcomes, reason, say, state_table
 from study.queued import Queue
 from study.resolve import load
 from study.spec import Run, Study
-from study.standing import digest, unlike
-from study.store import Store, sha256
+from study.standing import check_blocks, digest, unlike
+from study.store import LEFT, Store, sha256
 from study.subjects import Cifar10, Data, FashionMnist, Images
 
 EXAMPLES = """examples:
@@ -40,7 +42,7 @@ EXAMPLES = """examples:
   python -m study.run sweeps/grid.yaml --only 'cd*-s0'    these runs and the sources they need
   python -m study.run sweeps/grid.yaml --on slurm --slurm partition=gpu --plan   as jobs
   python -m study.run sweeps/grid.yaml --set seeds='[0,1,2,3,4,5]'   more seeds: only they are new
-  python analysis/report.py grid                          the report:
+  python -m analysis.report grid                          the report:
   results/grid/report/report.html
 """
 
@@ -128,25 +130,38 @@ def chosen(study: Study, patterns: list[str]) -> list[Run]:
     return [r for r in study.unique.values() if r.id in wanted]
 
 
-def fetch_data(study: Study) -> dict[Data, str]:
+class Found(NamedTuple):
+    """Data in files, as they are now: their digest, and the shape of one image."""
+
+    digest: str
+    shape: tuple[int, ...]
+
+
+def fetch_data(study: Study) -> dict[Data, Found]:
     """Finds or downloads files that data and extractors need, once, before any process asks for
-    them. Returns the digests of data that may change: images in a folder."""
-    digests: dict[Data, str] = {}
+    them. Returns what is found of the data, which may change."""
+    result: dict[Data, Found] = {}
     for data in {r.recipe.factors.data for r in study.runs}:
         data = getattr(data, "of", data)  # a fitted mixture reads the images it is fitted to
-        if isinstance(data, FashionMnist | Cifar10):
-            from study import cifar10, fashion_mnist  # numpy, which --plan and --status do without
+        if not isinstance(data, FashionMnist | Cifar10 | Images):
+            continue
+        from study import folder
+        from study.extractors import splits  # numpy, which --status does without
 
-            module = fashion_mnist if isinstance(data, FashionMnist) else cifar10
-            module.load(None if data.root is None else Path(data.root))
-        elif isinstance(data, Images):
-            from study import folder
-
-            # what is known only now, unlike other data's
-            parts = {k: v[0] for k, v in folder.load(Path(data.root), data.held_out).items()}
-            planes = (parts[part].transpose(0, 3, 1, 2) for part in ("train", "held_out"))
-            digests[data] = digest(*planes)
-            image, counts = parts["train"].shape[:0:-2], {k: len(v) for k, v in parts.items()}
+        root = None if data.root is None else Path(data.root)
+        if isinstance(data, FashionMnist):
+            found = splits.of_fashion_mnist(root)
+        elif isinstance(data, Cifar10):
+            found = splits.of_cifar10(root)
+        else:
+            found = folder.load(root, data.held_out)
+        parts = {k: found[k][0] for k in ("train", "held_out")}
+        parts = {k: v[..., None] if v.ndim == 3 else v for k, v in parts.items()}
+        parts = {k: v.transpose(0, 3, 1, 2) for k, v in parts.items()}
+        shape = parts["train"].shape[1:]
+        result[data] = Found(digest(*parts.values()), shape)
+        if isinstance(data, Images):  # what is known only now, unlike other data's
+            image, counts = shape[:2], {k: len(v) for k, v in parts.items()}
             for recipe in study.recipes:
                 if recipe.factors.data == data:
                     where = f"{study.name}: cell {recipe.cell}: measure.{{}}".format
@@ -163,16 +178,19 @@ def fetch_data(study: Study) -> dict[Data, str]:
             except StudyError as error:
                 where = f"{study.name}: cell {cell}: measure.{kind}"
                 raise StudyError(f"{where}: {error}") from None
-    return digests
+    return result
 
 
-def check_weights(store: Store, wanted: list[Run], thorough: bool) -> None:
+def check_weights(
+    store: Store, wanted: list[Run], found: Mapping[Data, Found] | None = None
+) -> None:
     """The files that runs to be trained begin with are there, and are those that others of the
-    study began with; thorough: and are what they say."""
+    study began with; found, of the data: and are what they say, and fit the runs' networks."""
     users: dict[Path, list[Run]] = {}
     for run in store.study.unique.values():
         if path := weights_file(run.recipe.factors):
             users.setdefault(path, []).append(run)
+    unfit: dict[str, dict[str, None]] = {}  # places by what is wrong there
     for path, runs in users.items():
         names = dict.fromkeys(r.recipe.place for r in runs)
         where = f"{store.study.name}: {', '.join(names)}"
@@ -180,23 +198,34 @@ def check_weights(store: Store, wanted: list[Run], thorough: bool) -> None:
         if begun and not path.exists():
             continue  # nothing begins with it any more
         try:
-            found = sha256(present(path))
+            now = sha256(present(path))
         except StudyError as error:
             raise StudyError(f"{where}: {error}") from None
         for run in runs:  # also of runs that are not wanted now: they are compared with these
             trained = store.folders[run.id].trained
-            if trained and trained["inputs"].get(path.name, found) != found:
+            if trained and trained["inputs"].get(path.name, now) != now:
                 raise StudyError(
                     f"init.weights: {path}: not the file that {label(run)} began with; bring that "
                     "one back, or give this one another name"
                 )
-        if thorough and not begun:
-            from study import interop  # torch, which --plan and --status do without
+        if found is not None and not begun:
+            from study import interop, models  # torch, which --plan and --status do without
 
             try:
-                interop.read(path)
+                weights = interop.read(path)
             except StudyError as error:
                 raise StudyError(f"{where}: init.weights: {error}") from None
+            for run in (r for r in runs if r in wanted and not store.folders[r.id].trained):
+                factors, data = run.recipe.factors, run.recipe.factors.data
+                shape = found[data].shape if data in found else shape_of(data)
+                try:
+                    models.check_fit(weights, factors, shape)
+                except StudyError as error:
+                    unfit.setdefault(str(error), {})[run.recipe.place] = None
+    if unfit:
+        told = (f"{store.study.name}: {', '.join(places)}: init.weights: {error}"
+                for error, places in unfit.items())  # fmt: skip
+        raise StudyError("\n".join(told))
 
 
 def show_plan(console: Console, store: Store, wanted: list[Run], kind: Kind, retry: bool) -> None:
@@ -224,6 +253,8 @@ def show_plan(console: Console, store: Store, wanted: list[Run], kind: Kind, ret
         *(f"  {why}" for why in left.values()),
         *unlike(store),
     )
+    data = dict.fromkeys(r.recipe.factors.data for r in store.study.runs)
+    say(console, *(f"data: {what}" for what in dict.fromkeys(map(lacking, data)) if what))
     if new and (expected := forecast(store, new, kind)):
         say(console, expected)
     say(console, *(f"  not asked for: {path}" for path in store.orphans))
@@ -251,7 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
         store, wanted = Store(options.results, study), chosen(study, options.only)
         check_whole({f.path: f.trained for f in store.folders.values()})
         if options.plan:
-            check_weights(store, wanted, thorough=False)
+            check_weights(store, wanted)
             show_plan(console, store, wanted, kind_of(options.device, bool(options.on)),
                       options.retry)  # fmt: skip
             if options.on:
@@ -259,10 +290,12 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         slots = [] if options.status or options.on else devices(options.device, options.workers)
         if not options.status:
-            digests = fetch_data(study)
-            check_weights(store, wanted, thorough=True)
+            found = fetch_data(study)
+            check_weights(store, wanted, found)
+            digests = {data: at.digest for data, at in found.items()}
+            told = check_blocks(store, wanted, digests, options.retry)
             store.write_study(options.study)
-            say(console, *unlike(store, digests))  # before anything is spent
+            say(console, *unlike(store, digests), *told)  # before anything is spent
         if options.on and not options.status:
             submit(store, wanted, asked, options, console)
         elif slots:
@@ -293,9 +326,9 @@ def summary(console: Console, store: Store, wanted: list[Run]) -> int:
             say(console, f"{state}: {label(run)}: {why}{again}")
     names = {r.id: label(r) for r in store.study.unique.values()}
     say(console, *unlike(store), *queue.notes, *queue.lines(states, names))
-    say(console, f"report: python analysis/report.py {store.path}  ->  "
+    say(console, f"report: python -m analysis.report {store.path}  ->  "
                  f"{store.path / 'report' / 'report.html'}")  # fmt: skip
-    if counts["interrupted"] + counts["pending"]:
+    if any(counts[state] for state in LEFT):
         say(console, "work is left: the same command goes on from here")
     if counts["failed"] or counts["blocked"]:
         return 1

@@ -26,6 +26,7 @@ from study.halves import foreign
 from study.spec import Run, Study
 
 ENDED_WELL = ("done", "stopped")
+LEFT = ("pending", "interrupted", "to measure")  # states of what waits to be taken up
 FILES = ("attempts.jsonl", "lock", "log.txt", "run.json", "samples.png", "state.pt", "steps.jsonl",
          "trained.json")  # fmt: skip
 FOLDERS = ("measures", "snapshots")
@@ -256,17 +257,17 @@ class Folder:
         )
 
     def state(self, run: Run, thorough: bool = False) -> str:
-        """pending, running, interrupted, failed or done; thorough: measurements are read."""
+        """running, failed, done or one of LEFT; thorough: measurements are read."""
         if not self.path.exists():
             return "pending"
         if self.complete(run, thorough):
             return "done"
         if self.locked:
             return "running"
-        if not (last := self.last()):
-            return "pending"
-        failed = last["event"] == "end" and last.get("reason") not in ENDED_WELL
-        return "failed" if failed else "interrupted"
+        last = self.last()
+        if last.get("event") == "end" and last.get("reason") not in ENDED_WELL:
+            return "failed"
+        return "to measure" if self.trained else "interrupted" if last else "pending"
 
     def progress(self) -> dict | None:
         """The last row of steps.jsonl: how far training is. None where that can't be said: it is

@@ -324,3 +324,12 @@ def test_the_command_prints_likelihoods_and_writes_a_picture(
     assert real and len({block.tobytes() for row in blocks for block in row}) > 90
     assert fitted.main(["digits", "--components", "998"]) == 2
     assert "998 given for 997" in capsys.readouterr().err
+
+
+def test_help_says_what_the_command_does(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        fitted.main(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Fits a mixture" in told and "exit status" not in told
+    for option in ("components COMPONENTS Gaussians", "rank RANK of each", "png PNG the picture"):
+        assert f"--{option}" in told

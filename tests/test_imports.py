@@ -64,8 +64,9 @@ def test_analysis_reads_folders_and_nothing_else() -> None:
 
 def test_help_and_plan_load_no_torch() -> None:
     plan = [str(ROOT / "sweeps" / "grid.yaml"), "--plan"]
+    files = [str(ROOT / "sweeps" / "cifar10.yaml"), "--plan"]  # looks whether they are there
     modules = (("run", ["--help"]), ("run", plan), ("run", [*plan, "--on", "slurm"]),
-               ("sample", ["--help"]))  # fmt: skip
+               ("run", files), ("sample", ["--help"]))  # fmt: skip
     for module, words in modules:
         code = (f"import sys; from study.{module} import main\n"
                 f"try: main({words!r})\nexcept SystemExit: pass\n"

@@ -24,14 +24,16 @@ import torch
 from studies import write
 from torch import Tensor, nn
 
-from study import interop, worker
+from study import interop, models, worker
+from study.data import load as loaded
+from study.domains import shape_of
 from study.errors import StudyError
 from study.factors import Consistency, Denoising, Sigma
 from study.pickles import restricted
 from study.resolve import load
 from study.run import main
 from study.saved import load as saved
-from study.store import Folder, Store, read_json
+from study.store import Store, read_json
 from study.weights import load_tensors
 
 SONG = {"model_channels": 4, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [16, 4]}
@@ -645,15 +647,46 @@ def test_two_files_of_one_name_are_refused(trained: tuple[Path, Path], tmp_path:
         load(path)
 
 
-def test_weights_of_another_network_fail_by_name(
-    trained: tuple[Path, Path], tmp_path: Path
+def test_weights_that_do_not_fit_are_refused_once_and_before_training(
+    trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write(tmp_path, untrained(trained[1]).replace("width: 4", "width: 8"))
-    assert run(path) == 1
-    (folder,) = (tmp_path / "results").glob("*/runs/edm-*")
-    reason = Folder(folder).reason()
-    assert "time.weight (16, 8), here (32, 16)" in reason
-    assert "its network is {kind: unet, width: 4, levels: 1" in reason
+    begins = f"init: {{weights: {trained[1]}}}"
+    more = f"  ct: {{{begins}}}\n  low: {{{begins}, sigma: {{max: 100}}}}\n  cold: {{}}\nmeasure:"
+    text = untrained(trained[1]).replace("measure:", more) + "seeds: [0, 1]\n"
+    path = write(tmp_path, text.replace("width: 4", "width: 8"))
+    assert run(path, "--plan") == 0 and run(path) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.count("time.weight (16, 8), here (32, 16)") == 1
+    assert "its network is {kind: unet, width: 4, levels: 1" in told
+    assert "error: small: sources.edm, variants.ct: init.weights: " in told
+    assert "small: variants.low: init.weights: " in told and "are 0.002 to 100" in told
+    assert "cold" not in told and not (tmp_path / "results").exists()
+    # nor does a worker begin with them, whoever started that
+    store = stored(path)
+    (late, _) = (r for r in store.study.runs if r.recipe.name == "ct")
+    assert worker.work(late, store.study.unique, store.folders, "cpu") == worker.FAILED
+    assert "time.weight (16, 8), here (32, 16)" in store.folders[late.id].reason()
+    assert run(path, "--only", "cold-*-s0") == 0  # which begins elsewhere
+
+
+@pytest.mark.parametrize("data, network", [
+    ("digits", "{kind: unet, width: 4, levels: 2, patch: 2}"),
+    ("digits", "{kind: ddpmpp, width: 8, mult: [1, 2], blocks: 1, attention: [4]}"),
+    ("{kind: fitted_mixture, of: digits, components: 2, rank: 1}", "{kind: unet, width: 4}"),
+    ("{kind: mixture, means: [[-1.0, 0.0], [1.0, 0.0]], std: 0.2}", "{kind: mlp, width: 8}"),
+])  # fmt: skip
+def test_what_fits_is_known_from_shapes_alone(data: str, network: str, tmp_path: Path) -> None:
+    measure = "" if "of:" in data or data == "digits" else "sliced_wasserstein: {samples: 64}"
+    text = DIGITS[: DIGITS.index("measure:")] + f"measure: {{{measure}}}\nprimary: null\n"
+    text = text.replace("data: digits", f"data: {data}")
+    text = text.replace("{kind: unet, width: 4, levels: 1}", network)
+    factors = load(write(tmp_path, text)).runs[0].recipe.factors
+    there = models.network(factors, loaded(factors.data))
+    whole = interop.Outside(tmp_path / "net.pt", there.state_dict())
+    shape = shape_of(factors.data)
+    models.check_fit(whole, factors, shape)
+    with pytest.raises(StudyError, match="not fit the run's network"):
+        models.check_fit(whole, factors, (*(2 * n for n in shape[:1]), *shape[1:]))
 
 
 def test_a_published_snapshot_is_a_teacher(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from studies import read, replaced
 from torch import Tensor, nn
 from tweedie import covariance
 
-from study import factors, networks, scores, subjects
+from study import factors, meaning, networks, scores, subjects, values
 from study.data import Batch
 from study.losses import Problem
 from study.mixtures import GaussianMixture
@@ -616,6 +616,47 @@ ALL = [
     factors.KSample(n=3), factors.KSample(n=3, shared=True), factors.PosteriorK(k=3),
     factors.Own(), WINDOW,
 ]  # fmt: skip
+
+
+PLAIN = factors.Factors(
+    data=subjects.Digits(), network=subjects.Mlp(), budget=factors.Budget(images=1)
+)
+
+
+class Unheard(values.Kind, frozen=True, tag="unheard"):
+    """A score that its author forgot to tell of."""
+
+
+def test_a_new_score_is_asked_for_wherever_its_meaning_is_told() -> None:
+    window = factors.Windowed(inside=Unheard(), outside=Unheard(), t_low=0.1, t_high=1.0)
+    for score in (Unheard(), window):
+        with pytest.raises(AssertionError, match="Unheard"):
+            meaning.deterministic(score)
+        with pytest.raises(AssertionError, match="Unheard"):
+            meaning.reads_law(msgspec.structs.replace(PLAIN, score=score))
+
+
+class Noticing(Knowledge):
+    """Knowledge that notices whether its law is looked at."""
+
+    looked = False
+
+    def __getattribute__(self, name: str) -> object:
+        if name == "law":
+            object.__setattr__(self, "looked", True)
+        return super().__getattribute__(name)
+
+
+@pytest.mark.parametrize("score", [
+    *ALL, factors.Analytic(), msgspec.structs.replace(WINDOW, inside=factors.Empirical()),
+], ids=lambda s: str(s)[:60])  # fmt: skip
+def test_the_posterior_is_loaded_for_those_that_consult_it_alone(score: factors.Score) -> None:
+    images = torch.rand(30, 2, generator=seeded(1))
+    x, x_t = images[:6], images[:6] + torch.randn(6, 2, generator=seeded(2))
+    known = Noticing(Posterior(images), PLANE, SIDES.teachers, constant(0.5))
+    estimate(score, known, Point(x, x_t, torch.full((6,), 0.5), KEY))
+    asked = msgspec.structs.replace(PLAIN, score=score)
+    assert meaning.reads_law(asked) == known.looked
 
 
 @pytest.mark.parametrize("score", ALL, ids=lambda s: str(s)[:60])

@@ -85,7 +85,7 @@ def test_state_follows_from_the_files(tmp_path: Path) -> None:
     assert folder.due(run) == asked and len(asked) < len(run.measures)
     for settings in asked:
         write_json(folder.file(f"measures/{settings.file}"), {})
-    assert folder.state(run) == "interrupted"  # the picture is still to be made
+    assert folder.state(run) == "to measure"  # the picture is still to be made
     write_bytes(folder.file("samples.png"), b"")
     assert folder.state(run) == "done"
     folder.file(f"measures/{asked[0].file}").write_text('{"value": ')
