@@ -391,6 +391,15 @@ def test_a_study_trains_on_all_training_images(tmp_path: Path) -> None:
     assert torch.equal(loaded.train[0], first.view(3, 32, 32))
 
 
+def test_before_training_the_data_have_the_digest_that_training_writes(tmp_path: Path) -> None:
+    """Another one would refuse to go on with a study."""
+    root = put(tmp_path, WHOLE)
+    study = load_study(write(tmp_path, "cifar10", root, "cifar10-cnn"), ("measure.fid=null",))
+    (found,) = run.fetch_data(study).values()
+    assert found.digest == data.load(Cifar10(root=str(root))).digest
+    assert found.shape == (3, 32, 32)
+
+
 STUDY = """\
 base:
   data: {kind: %s, root: %s}
