@@ -65,11 +65,9 @@ def step(problem: Problem, optimizer: torch.optim.Optimizer, example: Batch) -> 
         return Captured(problem, optimizer, example)
 
     def plain(batch: Batch, N: float, progress: float) -> Tensor:
-        problem.net.zero_grad()
-        loss = problem.loss(batch, N, progress)
-        loss.backward()
+        loss = problem.backward(batch, *problem.levels(batch, N), progress)
         optimizer.step()
-        return loss.detach()
+        return loss
 
     return plain
 
@@ -100,20 +98,22 @@ class Captured:
         )
         self.held = problem, optimizer  # what the graph reads and moves has to stay
         begun(optimizer)
+
+        def backward() -> Tensor:
+            r, t = problem.levels(self.batch, self.N)
+            return problem.backward(self.batch, r, t, self.progress)
+
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
-                problem.net.zero_grad()
-                problem.loss(self.batch, self.N, self.progress).backward()
+                backward()
         torch.cuda.current_stream().wait_stream(stream)
         problem.net.zero_grad()  # to None: the capture then makes gradients of its own
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            loss = problem.loss(self.batch, self.N, self.progress)
-            loss.backward()
+            self.loss = backward()
             optimizer.step()
-        self.loss = loss.detach()
 
     def __call__(self, batch: Batch, N: float, progress: float) -> Tensor:
         """The loss (scalar) before the update; nothing waits for the GPU."""

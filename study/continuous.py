@@ -69,5 +69,5 @@ def losses(
     _, g = tangent(net, x_t, t, D, sigma, key, warm)
     norm = g.flatten(1).norm(dim=1)
     g = g / along(norm + objective.c, g)
-    # G^- is this very output: with the tangent's, what bfloat16 rounds would be learned away
+    # G^- is this very output: with the tangent's, what half precision rounds would be learned away
     return (F.detach() - F - g).square().flatten(1).mean(1)

@@ -8,7 +8,7 @@ published state_dict loads by name without its prefix `model.`, less what F does
 `map_augment.weight`, which has no bias and whose input is zero outside of augmented training, and
 the buffers `*.resample_filter`, all of them 1/4.
 
-Under bfloat16 the path of the noise label stays in float32: neighbouring t would round to one.
+In half precision the path of the noise label stays in float32: neighbouring t would round to one.
 Initial weights are EDM's: uniform within +-sqrt(6 / (fan_in + fan_out)), times 1e-5 in a block's
 last convolution, the attention's projection and the output layers, sqrt(0.2) in q, k and v.
 """
@@ -103,8 +103,8 @@ class Block(nn.Module):
         )
         rows = F.conv2d(h, weight, bias).permute(0, 2, 3, 1).reshape(B, 1, H * W, 3 * C)
         # softmax in float32 whatever the precision, as EDM's. Under deterministic algorithms torch
-        # leaves out cuDNN's kernel, and the gradients of the flash (bfloat16) and the memory-
-        # efficient one (float32) add in a fixed order
+        # leaves out cuDNN's kernel, and the gradients of the flash one (half precision) and of the
+        # memory-efficient one (float32) add in a fixed order
         a = F.scaled_dot_product_attention(*rows.chunk(3, -1))
         return a.reshape(B, H, W, C).permute(0, 3, 1, 2)
 

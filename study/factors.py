@@ -315,7 +315,7 @@ Weighting = InverseStep | Uniform | Edm
 Distance = L2 | PseudoHuber | L2Norm | L1
 Auxiliary = NoHead | DenoisingHead
 Optimizer = Adam | RAdam
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 class Factors(Value, frozen=True):

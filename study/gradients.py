@@ -138,10 +138,10 @@ class Probe:
 
     def gradient(self, batch: Batch, at: Levels) -> tuple[Tensor, float]:
         """The gradient (P,) of a batch's mean loss in all parameters, and that loss."""
-        loss = self.problem.at_levels(batch, *at, self.progress).mean()
-        weights = list(self.problem.net.parameters())
-        parts = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
-        return torch.cat([g.flatten() for g in parts]), float(loss.detach())
+        loss = self.problem.backward(batch, *at, self.progress)
+        weights = self.problem.net.parameters()
+        parts = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+        return torch.cat([g.flatten() for g in parts]), float(loss)
 
     @torch.no_grad()
     def steps(self, batch: Batch, at: Levels) -> Tensor:

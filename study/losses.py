@@ -29,6 +29,7 @@ from study.scores import Knowledge, Point, estimate
 from study.streams import beside
 
 REPEATS = 2002  # the noise stream of further draws of x given x_t
+REACH = 32.0  # of 10^6 outputs each is then near 2^-5, ten bits above where float16 thins out
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,6 @@ class Problem:
     average: nn.Module | None = None
     own: nn.Module | None = None
 
-    def loss(self, batch: Batch, N: Tensor | float, progress: Tensor | float = 1.0) -> Tensor:
-        """The mean loss (scalar) of one batch; N grid points, progress of training in [0, 1]."""
-        return self.losses(batch, N, progress).mean()
-
     def levels(self, batch: Batch, N: Tensor | float) -> tuple[Tensor, Tensor]:
         """(r, t) (B,) of a batch; where nothing is stepped r = t."""
         f = self.factors
@@ -58,14 +55,37 @@ class Problem:
         return schedules.pair(f.discretization, f.law, batch.u, N, self.sigma)
 
     def losses(self, batch: Batch, N: Tensor | float, progress: Tensor | float = 1.0) -> Tensor:
-        """The loss of each row (B,)."""
-        r, t = self.levels(batch, N)
-        return self.at_levels(batch, r, t, progress)
+        """The loss of each row (B,); N grid points, progress of training in [0, 1]."""
+        return self.at_levels(batch, *self.levels(batch, N), progress)[0]
+
+    def backward(
+        self, batch: Batch, r: Tensor, t: Tensor, progress: Tensor | float = 1.0
+    ) -> Tensor:
+        """The mean loss (scalar) between levels r and t (B,); its gradient alone is in the
+        parameters' .grad afterwards.
+
+        Float16 holds 2^-24 to 2^16 only. The pass back through a network is linear in the
+        gradient that it begins with, so that is brought to the length REACH by a power of two,
+        from the batch alone, and the parameters' are divided by it again, in float32.
+        """
+        losses, outputs = self.at_levels(batch, r, t, progress)
+        loss = losses.mean()
+        self.net.zero_grad()
+        if self.factors.precision != "float16":
+            loss.backward()
+            return loss.detach()
+        first = torch.autograd.grad(loss, outputs)
+        length = torch.stack(torch._foreach_norm(first)).norm()
+        scale = torch.exp2((REACH / length).log2().floor().clamp(-100, 100))
+        torch.autograd.backward(outputs, torch._foreach_mul(first, scale))
+        torch._foreach_div_([w.grad for w in self.net.parameters() if w.grad is not None], scale)
+        return loss.detach()
 
     def at_levels(
         self, batch: Batch, r: Tensor, t: Tensor, progress: Tensor | float = 1.0
-    ) -> Tensor:
-        """The loss of each row (B,) between levels r and t (B,) of the caller's choice."""
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The loss of each row (B,) between levels r and t (B,) of the caller's choice, and the
+        student's outputs (B, ...) that it is made of."""
         f, sigma, x, mask = self.factors, self.sigma, batch.x, batch.mask
         x_t = x + along(t, x) * batch.z
         head = has_head(f)
@@ -74,11 +94,12 @@ class Problem:
                 if stepped(f):  # before the student's graph is held
                     targets = self.targets(batch, x_t, r, t, progress)
             inputs = scaled(x_t, t, sigma), t.log() / 4, mask
-            F, head_F = self.net(*inputs, True) if head else (self.net(*inputs), None)
+            outputs = list(self.net(*inputs, True)) if head else [self.net(*inputs)]
+        F = outputs[0]
         if isinstance(f.objective, Denoising):
             # EDM's weighting makes the loss of F uniform over t
             error = denoised(F, x_t, t, sigma) - x
-            return weight(Edm(), t, r, sigma) * error.square().flatten(1).sum(1)
+            return weight(Edm(), t, r, sigma) * error.square().flatten(1).sum(1), outputs
         if isinstance(f.objective, Continuous):
             D = estimate(f.score, self.known, Point(x, x_t, t, batch.draw, progress)).detach()
             result = continuous.losses(f.objective, self.net, F, x_t, t, D, sigma, mask, progress)
@@ -95,10 +116,10 @@ class Problem:
             with torch.no_grad():
                 run = getattr(f.auxiliary.labels, "run", None)
                 label = self.known.teachers[run](x_t, t) if run else x
-            error = denoised(head_F, x_t, t, sigma) - label
+            error = denoised(outputs[1], x_t, t, sigma) - label
             per_row = weight(Edm(), t, r, sigma) * error.square().flatten(1).mean(1)
             result = result + f.auxiliary.weight * per_row
-        return result
+        return result, outputs
 
     @torch.no_grad()
     def targets(

@@ -258,4 +258,5 @@ def in_float32(problem: Problem) -> Problem:
     if own is not None:
         known = replace(known, own=head_denoiser(own, problem.sigma))
     net, average = twin(problem.net), twin(problem.average)
-    return replace(problem, net=net, known=known, average=average, own=own)
+    f = msgspec.structs.replace(problem.factors, precision="float32")
+    return replace(problem, factors=f, net=net, known=known, average=average, own=own)

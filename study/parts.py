@@ -3,9 +3,9 @@
 A network F takes the scaled input c_in x_t and the noise label c_noise = ln(t) / 4 (Karras et al.
 2022) and returns a tensor of x's shape; the preconditioning that makes a denoiser or a consistency
 model of F stands in `consistency`. Dropout masks (`noise.dropout`) are a pure function of an
-explicit key, so that student and target share them and a compiled step stays pure. Under bfloat16
-products are rounded; weights and what is outside of F stay float32. The norms are in float32 where
-torch's autocast puts them there: on CUDA, not on a CPU.
+explicit key, so that student and target share them and a compiled step stays pure. In half
+precision products are rounded; weights and what is outside of F stay float32. The norms are in
+float32 where torch's autocast puts them there: on CUDA, not on a CPU.
 
 On CUDA a norm is one kernel with what stands around it, a residual sum and the biases of the
 convolutions before it included; `body` composes the same of torch's functions.

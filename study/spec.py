@@ -188,5 +188,5 @@ def check_rounding(recipes: Sequence[Recipe], file: str) -> None:
     if asked and not any(applies("gradient_rounding", r.factors, r.role) for r in asked):
         raise StudyError(
             f"{file}: measure.gradient_rounding: no variant trains in half precision (toward a "
-            "target that is not frozen); give one precision: bfloat16, or drop the key"
+            "target that is not frozen); give one precision: float16, or drop the key"
         )

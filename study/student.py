@@ -73,7 +73,8 @@ class Student:
     def flops(self) -> float:
         """FLOPs of one step, on a real one; leaves gradients behind."""
         with counted() as flops:
-            self.problem.loss(self.draws(0, self.factors.batch), 2).backward()
+            batch = self.draws(0, self.factors.batch)
+            self.problem.backward(batch, *self.problem.levels(batch, 2))
         return flops()
 
     def capture(self) -> None:

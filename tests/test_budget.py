@@ -140,7 +140,7 @@ def test_passes_are_the_calls_made(case: str) -> None:
         lambda x_t, t: consistency(other, x_t, t, sigma),
         other if isinstance(factors.target, Ema) else None,
     )
-    problem.loss(Draws(dataset, 0, "student", 0)(0, 16), 10).backward()
+    problem.losses(Draws(dataset, 0, "student", 0)(0, 16), 10).sum().backward()
     assert sum(count) == passes(factors) == expected
     assert all(p.grad is not None for p in student.parameters())
 

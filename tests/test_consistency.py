@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -425,7 +426,7 @@ def test_averaged_target_is_read_in_the_students_place() -> None:
 
 def test_target_has_the_students_mask_and_no_gradient() -> None:
     net, b = constant(0), batch(GAUSS, 4)
-    Problem(factors(), SIGMA, net).loss(b, 20)
+    Problem(factors(), SIGMA, net).losses(b, 20)
     target, student = net.calls
     assert target[2] is b.mask and student[2] is b.mask
     assert (target[3], student[3]) == (False, True)
@@ -456,7 +457,7 @@ def test_masks_shared_at_neighbouring_levels_cancel() -> None:
     x_t = b.x + t[:, None] * b.z
     kept, other = (consistency.consistency(net, x_t, t, SIGMA, torch.tensor(k)) for k in (77, 78))
     apart = (kept - other).square().sum(1).mean()
-    assert problem.loss(b, 100_000) < 1e-5 * apart
+    assert problem.losses(b, 100_000).mean() < 1e-5 * apart
 
 
 def test_inverse_step_divides_each_row_by_its_step() -> None:
@@ -546,7 +547,7 @@ def test_denoising_loss_is_d_at_every_level_at_initialisation(u: float) -> None:
 
 def test_denoising_sees_the_level_itself_and_the_mask() -> None:
     b, net = batch(GAUSS, 100), constant(0)
-    Problem(factors(objective=Denoising(), discretization=Fixed(N=2)), SIGMA, net).loss(b, 2)
+    Problem(factors(objective=Denoising(), discretization=Fixed(N=2)), SIGMA, net).losses(b, 2)
     ((x_t, t),) = points(net)
     expected = schedules.level(factors().law, b.u, SIGMA)
     torch.testing.assert_close(t.double(), expected, rtol=1e-5, atol=0)
@@ -554,6 +555,16 @@ def test_denoising_sees_the_level_itself_and_the_mask() -> None:
     assert net.calls[0][2] is b.mask
 
 
-def test_loss_is_the_mean_over_rows() -> None:
-    problem, b = Problem(factors(), SIGMA, constant(0.1)), batch(GAUSS, 9)
-    torch.testing.assert_close(problem.loss(b, 8), problem.losses(b, 8).sum() / 9)
+def test_loss_is_the_mean_over_rows_and_its_gradient_alone_stays() -> None:
+    net = networks.build(Mlp(width=16, depth=1), (1,), 0.0, 0, "")
+    nn.init.normal_(net.out.weight)
+    problem, b = Problem(factors(), SIGMA, net), batch(GAUSS, 9)
+    b = replace(b, x=b.x.float(), z=b.z.float())
+    rows = problem.losses(b, 8)
+    gradients = torch.autograd.grad(rows.sum() / 9, list(net.parameters()))
+    for _ in range(2):
+        loss = problem.backward(b, *problem.levels(b, 8))
+        assert not loss.requires_grad
+        torch.testing.assert_close(loss, rows.detach().mean())
+        for w, g in zip(net.parameters(), gradients, strict=True):
+            torch.testing.assert_close(w.grad, g)

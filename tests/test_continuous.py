@@ -223,11 +223,11 @@ def test_gradient_is_the_limit_of_the_discrete_losss(score: SingleSample | Analy
         return torch.cat([p.grad.flatten() for p in net.parameters()]).clone()
 
     problem = Problem(factors(objective=Continuous(c=c), score=score), sigma, net, known)
-    limit = c * gradient(problem.at_levels(b, t, t))
+    limit = c * gradient(problem.at_levels(b, t, t)[0])
     found = []
     for e in (0.1, 0.01, 0.001):
         discrete = Problem(factors(objective=Consistency(), **plain), sigma, net, known)
-        rows = discrete.at_levels(b, (1 - e) * t, t)
+        rows = discrete.at_levels(b, (1 - e) * t, t)[0]
         gradients = gradient(rows / (e * t * theta.sin() * theta.cos()))
         cosine = torch.cosine_similarity(gradients, limit, dim=0).item()
         found.append((1 - cosine, (gradients.norm() / limit.norm() - 1).abs().item()))
@@ -243,7 +243,7 @@ def test_loss_is_the_normalised_tangents_square() -> None:
     x_t = b.x + t[:, None] * b.z
     norm = tangent(net, x_t, t, b.x, SIGMA, KEY, WHOLE)[1].norm(dim=1)
     for c in (0.1, 3.0, 1e-9):
-        rows = Problem(factors(objective=Continuous(c=c)), SIGMA, net).at_levels(b, t, t)
+        rows = Problem(factors(objective=Continuous(c=c)), SIGMA, net).at_levels(b, t, t)[0]
         torch.testing.assert_close(rows.detach(), (norm / (norm + c)).square() / 2)
     torch.testing.assert_close(rows.detach(), torch.full_like(rows, 0.5))
 
@@ -269,7 +269,7 @@ def test_warm_up_grows_the_second_half_in() -> None:
         problem = Problem(factors(objective=Continuous(warm_up=share, c=c)), SIGMA, net)
         expected = (first + w * (whole - first)).square().sum(1) / 2
         for now in (progress, torch.tensor(progress).double()):  # a captured step has a tensor
-            rows = problem.at_levels(b, t, t, now).detach() * c**2
+            rows = problem.at_levels(b, t, t, now)[0].detach() * c**2
             torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-7)
     assert (whole - first).norm() > 0.1 * first.norm()
 
@@ -327,7 +327,7 @@ def test_under_bfloat16_the_tangent_stays_float32(kind: Network, shape: tuple[in
         drawn = factors(network=kind, precision=precision, dropout=0.2)
         z = (x_t - x) / along(t, x)
         problem = Problem(drawn, SIGMA, net)
-        problem.at_levels(Batch(x, z, t, KEY, DRAW), t, t).sum().backward()
+        problem.at_levels(Batch(x, z, t, KEY, DRAW), t, t)[0].sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
     exact = tangent(

@@ -384,12 +384,12 @@ class Noisy(Problem):
 
     def at_levels(
         self, batch: Batch, r: Tensor, t: Tensor, progress: Tensor | float = 1.0
-    ) -> Tensor:
+    ) -> tuple[Tensor, list[Tensor]]:
         first = isinstance(self.factors.score, SingleSample)
         mean = torch.zeros(DIRECTIONS)
         mean[0], mean[1] = (1.0, 0.0) if first else (COSINE, math.sqrt(1 - COSINE**2))
         rows = mean + SPREAD * (batch.z + 0.2 * batch.z.roll(1 if first else 2, 1))
-        return rows @ self.net.weight[0]
+        return rows @ self.net.weight[0], []
 
 
 DIRECTIONS, COSINE, SPREAD = 10_000, 0.9, 0.16

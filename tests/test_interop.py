@@ -120,9 +120,9 @@ LEVELS = {"min": 0.002, "max": 80.0, "data": 0.5, "rho": 7.0}
 
 
 @pytest.mark.parametrize("said, told", [
-    ({"precision": "nonsense"}, "precision: 'nonsense' given; allowed: bfloat16, float32"),
-    ({"precision": "load"}, "precision: 'load' given; allowed: bfloat16, float32"),
-    ({"precision": "int8"}, "precision: 'int8' given; allowed: bfloat16, float32"),
+    ({"precision": "half"}, "precision: 'half' given; allowed: bfloat16, float16, float32"),
+    ({"precision": "load"}, "precision: 'load' given; allowed: bfloat16, float16, float32"),
+    ({"precision": "int8"}, "precision: 'int8' given; allowed: bfloat16, float16, float32"),
     ({"objective": "fixed_point"}, "objective: 'fixed_point' given; allowed: consistency, cont"),
     ({"sigma": {"min": 0.002, "max": 80.0}}, "sigma: {'min': 0.002, 'max': 80.0} given; .*`data`"),
     ({"sigma": LEVELS | {"data": None}}, "sigma.data: None given"),

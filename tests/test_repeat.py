@@ -92,7 +92,7 @@ def losses(
     """Each row's loss and its gradient (n,)."""
     net = Net(len(batch.x), linear)
     known = Knowledge(law=law, teachers={"edm": lambda x_t, t: 0.4 * x_t})
-    rows = Problem(point(**changes), SIGMA, net, known).at_levels(batch, *levels(len(batch.x)))
+    rows = Problem(point(**changes), SIGMA, net, known).at_levels(batch, *levels(len(batch.x)))[0]
     rows.sum().backward()
     return rows.detach(), net.a.grad[:, 0]
 
@@ -202,7 +202,7 @@ def test_averaged_weights_give_every_target() -> None:
 def test_one_repeat_is_no_repeat_bit_for_bit() -> None:
     """And needs no law: CT on data whose posterior nobody knows."""
     batch = standing(TWO_POINTS, 50)
-    rows = Problem(point(repeat=1), SIGMA, Net(50)).at_levels(batch, *levels(50))
+    rows = Problem(point(repeat=1), SIGMA, Net(50)).at_levels(batch, *levels(50))[0]
     assert torch.equal(rows.detach(), losses(batch, TWO_POINTS, repeat=1)[0])
 
 
@@ -357,8 +357,8 @@ def test_repeats_of_an_exact_score_are_indeed_one_loss(score: Score) -> None:
     batch = standing(TWO_POINTS, 50)
     known = Knowledge(law=TWO_POINTS, density=GAUSS, teachers={"edm": lambda x_t, t: 0.4 * x_t})
     rows = [
-        Problem(point(score=score, repeat=k), SIGMA, Net(50), known).at_levels(batch, *levels(50))
-        for k in (1, 4)
+        Problem(drawn, SIGMA, Net(50), known).at_levels(batch, *levels(50))[0]
+        for drawn in (point(score=score, repeat=k) for k in (1, 4))
     ]
     torch.testing.assert_close(*rows, rtol=1e-12, atol=0)
 

@@ -334,7 +334,7 @@ def test_comparisons_beside_the_primary_change_no_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("change", "told"), [
     ("base.augment=flipp", "base.augment: 'flipp' given; did you mean 'flip'"),
-    ("base.precision=half", "base.precision: 'half' given; allowed: bfloat16, float32"),
+    ("base.precision=half", "base.precision: 'half' given; allowed: bfloat16, float16, float32"),
     ("base.weights_ema=0.1", r"base.weights_ema: 0.1 given; a list expected: \[0.1\]"),
     ("measure.fid={extractor: digits-cnn, samples: 9, reference: [trian]}",
      r"measure.fid.reference\[0\]: 'trian' given; did you mean 'train'"),

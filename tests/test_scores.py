@@ -601,7 +601,7 @@ def test_no_gradient_reaches_the_head_through_the_estimate(
     known = Knowledge(own=lambda x_t, t: gain * x_t)
     x, z = (torch.randn(6, 2, generator=seeded(k)) for k in (1, 2))
     batch = Batch(x, z, torch.linspace(0.3, 0.9, 6).double(), KEY, KEY)
-    loss = Problem(point, factors.Sigma(data=0.5), net, known).loss(batch, 8)
+    loss = Problem(point, factors.Sigma(data=0.5), net, known).losses(batch, 8).mean()
     loss.backward()
     assert gain.grad is None
     assert net.out.weight.grad.abs().sum() > 0

@@ -124,6 +124,7 @@ def test_target_begins_as_the_student(tmp_path: Path) -> None:
     "target={kind: ema, mu: 0.9, s0: 2}",
     "optimizer={kind: radam, lr: 1e-2}",
     "precision=bfloat16",
+    "precision=float16",
     "law=uniform_grid",
 ])  # fmt: skip
 def test_a_run_stopped_in_its_middle_goes_on_to_the_same_bits(
