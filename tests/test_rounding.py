@@ -143,7 +143,7 @@ def test_errors_are_those_of_products_rounded_by_hand(precision: str) -> None:
     assert unit / 2 < expected["error"] < 5 * unit
     assert unit < expected["residual_error"] < 50 * unit
     for name, value in expected.items():
-        assert result[name][0] == pytest.approx(value, rel=1e-3), name
+        assert result[name][0] == pytest.approx(value, rel=1e-2), name
     assert 1 - result["cosine_batch"][0] == pytest.approx(1 - expected["cosine_batch"], rel=1e-2)
     # few batches of few rows: of a square that noise makes negative there is no root
     assert expected["squared_bias"] < 0 and result["bias"] == result["bias_se"] == [None]
