@@ -127,65 +127,74 @@ def main(arguments: list[str] | None = None) -> int:
 def bench(
     study: Study, store: Store, options: argparse.Namespace, device: torch.device, console: Console
 ) -> None:
-    """Times everything, prints it, and keeps it for --plan."""
+    """Times everything, prints it, and keeps it for --plan, each figure as soon as it is there."""
     runs = steps_of(chosen(study, options.only))
     if not runs:
         raise StudyError(f"{options.study}: nothing here is trained")
     set_up()
-    ceilings = {p: ceiling(device, p) for p in {r.recipe.factors.precision for r in runs.values()}}
-    rows: dict[str, dict[str, Any]] = {}
-    with TemporaryDirectory() as folder:
-        here = Site(study, device, Path(folder))
-        for key, run in track(list(runs.items()), "timing", console=console):
-            try:
-                rows[key] = timed(here, run, options.steps, not options.steps_only)
-            except torch.OutOfMemoryError:
-                why = worker.too_large(run, here.all, here.folders.__getitem__, here.dataset(run),
-                                       device)  # fmt: skip
-                console.print(f"{run.recipe.name}-{run.recipe.cell}: {why}", highlight=False)
-        runs = {key: run for key, run in runs.items() if key in rows}
-        if not runs:
-            raise StudyError(f"{options.study}: no step fits into this GPU's memory")
-        first = next(iter(runs.values()))
-        strict = None
-        if not options.steps_only:
-            try:
-                strict = determinism(here, first, options.steps)
-            except torch.OutOfMemoryError:
-                console.print("determinism: kernels chosen by speed alone do not fit into memory")
-    names = {f"{r.recipe.name}-{r.recipe.cell}": rows[k] for k, r in runs.items()}
-    console.print(table(names, ceilings))
+    say = partial(console.print, highlight=False, markup=False)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "one CPU thread"
+    ceilings = {p: ceiling(device, p) for p in {r.recipe.factors.precision for r in runs.values()}}
     for precision, flops in ceilings.items():
-        console.print(f"ceiling of {where} in {precision}: {flops / 1e12:.3g} TFLOP/s")
-    if strict:
-        ratio, spread = strict
-        said = f"determinism: a step of {first.recipe.name} takes {ratio:.2f} times what it takes "
-        said += "with kernels chosen by speed alone (two timings of one step differ by up to "
-        console.print(f"{said}{100 * spread:.0f} %)", highlight=False)
-    result = {
+        say(f"ceiling of {where} in {precision}: {flops / 1e12:.3g} TFLOP/s")
+    rows: dict[str, dict[str, Any]] = {}
+    result: dict[str, Any] = {
         "device": where,
         "torch": torch.__version__,
         "code": worker.CODE["code"],
         "ceilings": ceilings,
-        "determinism": strict and {"of": first.recipe.name, "ratio": ratio, "spread": spread},
-        "steps": names,
-        "recipes": kept(store, where) | recipes(study, rows),
+        "steps": {},
+        "recipes": kept(store, where),
     }
+
+    def keep() -> None:
+        store.path.mkdir(parents=True, exist_ok=True)
+        write_json(store.path / BENCH, result)
+
+    with TemporaryDirectory() as folder:
+        here = Site(study, device, Path(folder))
+        for key, run in track(list(runs.items()), "timing", console=console):
+            name = f"{run.recipe.name}-{run.recipe.cell}"
+            try:
+                row = rows[key] = timed(here, run, options.steps, not options.steps_only)
+            except torch.OutOfMemoryError:
+                why = worker.too_large(run, here.all, here.folders.__getitem__, here.dataset(run),
+                                       device)  # fmt: skip
+                say(f"{name}: {why}")
+                continue
+            say(f"{name}: {1000 * row['seconds_per_image'] * row['batch']:.3g} ms, "
+                f"the first update {row['first_update_seconds']:.1f} s")  # fmt: skip
+            result["steps"][name] = row
+            result["recipes"] |= recipes(study, rows)
+            keep()
+        if not rows:
+            raise StudyError(f"{options.study}: no step fits into this GPU's memory")
+        console.print(table(result["steps"], ceilings))
+        if not options.steps_only:
+            first = next(run for key, run in runs.items() if key in rows)
+            try:
+                ratio, spread = determinism(here, first, options.steps)
+            except torch.OutOfMemoryError:
+                say("determinism: kernels chosen by speed alone do not fit into memory")
+            else:
+                say(f"determinism: a step of {first.recipe.name} takes {ratio:.2f} times what it "
+                    "takes with kernels chosen by speed alone (two timings of one step differ by "
+                    f"up to {100 * spread:.0f} %)")  # fmt: skip
+                result["determinism"] = {
+                    "of": first.recipe.name, "ratio": ratio, "spread": spread}  # fmt: skip
     if options.workers > 1:
         result["together"] = {}
         # around all of it: the fork server outlives a call and keeps the environment it began with
-        say = partial(console.print, highlight=False, markup=False)
         with sharing([str(device)] * options.workers, say):
-            for run in runs.values():
+            for run in (run for key, run in runs.items() if key in rows):
                 one, all_ = (together(study, run, str(device), n) for n in (1, options.workers))
                 ratio = all_ / one
                 name = f"{run.recipe.name}-{run.recipe.cell}"
                 result["together"][name] = {"workers": options.workers, "ratio": ratio}
-                console.print(f"{options.workers} of {name} at once: {ratio:.2f} times the "
-                              "images of one alone", highlight=False)  # fmt: skip
-    total = forecast(study, rows)
-    result["forecast_seconds"] = total
+                say(f"{options.workers} of {name} at once: {ratio:.2f} times the images of one "
+                    "alone")  # fmt: skip
+                keep()
+    total = result["forecast_seconds"] = forecast(study, rows)
     parts = ", ".join(f"{name} {value / 3600:.2f}" for name, value in total.items())
     steps = [r for r in study.unique.values() if is_timed(r)]
     missing = sum(step_key(r) not in rows for r in steps)
@@ -193,10 +202,9 @@ def bench(
     there = [r for r in steps if step_key(r) in rows]
     unmeasured = sum(measuring(r, rows[step_key(r)]) is None for r in there)
     left_out += f"; measurements of {unmeasured} runs not timed" if unmeasured else ""
-    console.print(f"the whole study on one worker: {sum(total.values()) / 3600:.2f} hours "
-                  f"({parts}{left_out})", highlight=False)  # fmt: skip
-    store.path.mkdir(parents=True, exist_ok=True)
-    write_json(store.path / BENCH, result)
+    say(f"the whole study on one worker: {sum(total.values()) / 3600:.2f} hours "
+        f"({parts}{left_out})")  # fmt: skip
+    keep()
 
 
 def kept(store: Store, device: str) -> dict[str, dict[str, Any]]:

@@ -40,6 +40,7 @@ from study.weights import save_tensors, snapshot_name
 WARM_UP = 5  # updates before the clock starts
 TOGETHER = 5.0  # seconds for which several processes train at once
 SIDE = {"cuda": 8192, "cpu": 1024}  # of the matrices whose product is the ceiling
+CEILING = 5.0  # seconds for it: a CPU takes long over half precision
 
 
 def steps_of(runs: list[Run]) -> dict[str, Run]:
@@ -189,16 +190,21 @@ def forward_flops(student: Student) -> float:
 
 
 def ceiling(device: torch.device, precision: str) -> float:
-    """FLOP/s of the best of some large square matrix products: what the device can do at most."""
-    n = SIDE[device.type]
-    a = torch.randn(n, n, device=device, dtype=getattr(torch, precision))
-    best = float("inf")
-    for _ in range(20):
-        start = time.perf_counter()
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
+    """FLOP/s of the best of some large square matrix products, in this precision or in float32,
+    which a CPU may be faster in: what the device can do at most."""
+    n, best = SIDE[device.type], float("inf")
+    for dtype in {getattr(torch, precision), torch.float32}:
+        a = torch.randn(n, n, device=device).to(dtype)
+        end = time.perf_counter() + CEILING
+        for _ in range(20):
+            start = time.perf_counter()
+            a @ a
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            now = time.perf_counter()
+            best = min(best, now - start)
+            if now > end:
+                break
     return 2 * n**3 / best
 
 

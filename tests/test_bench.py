@@ -10,7 +10,7 @@ import pytest
 import torch
 from studies import TWO_MODES, read, replaced, write
 
-from study import measure, worker
+from study import bench, measure, timing, worker
 from study import run as command
 from study.bench import kept, main
 from study.capture import usable
@@ -234,6 +234,27 @@ def test_figures_are_kept_of_the_same_machine_torch_and_code(other: str, tmp_pat
         json.dumps(here | {"recipes": {"c/ct": timed}} | ({other: "x"} if other else {}))
     )
     assert kept(store, "gpu") == ({} if other else {"c/ct": timed})
+
+
+def test_a_bench_cut_short_has_told_and_kept_what_it_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, calls = timing.timed, []
+
+    def cut(*given: object) -> dict:
+        calls.append(given)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return plain(*given)
+
+    monkeypatch.setattr(bench, "timed", cut)
+    words = [str(write(tmp_path)), "--device", "cpu", "--steps", "1", "--steps-only"]
+    with pytest.raises(KeyboardInterrupt):
+        main([*words, "--results", str(tmp_path / "results")])
+    found = json.loads((tmp_path / "results/small/bench.json").read_text())
+    assert len(found["steps"]) == 2 and len(found["recipes"]) >= 2
+    said = capsys.readouterr().out
+    assert all(f"{name}: " in said for name in found["steps"])
 
 
 def test_one_that_dies_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
