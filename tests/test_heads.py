@@ -66,7 +66,7 @@ def factors(**changes: object) -> Factors:
 # --- the network ---
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_f_is_the_same_with_a_second_head_and_without(kind: Network, precision: str) -> None:
     plain, second = (
