@@ -49,6 +49,22 @@ def planned(study: Study, cell: str, kind: str) -> bool:
                for frame in (study.missing, study.measures))
 
 
+def lacking(study: Study, kind: str) -> bool:
+    """Whether a measurement of this kind is asked for and not there."""
+    return bool(study.missing.file.str.contains(f"-{kind}-", regex=False).any())
+
+
+def yet(study: Study) -> str:
+    """" yet" where something that is asked for is not there."""
+    return " yet" * (not study.missing.empty)
+
+
+def points(study: Study) -> set[float]:
+    """The shares of the budget at which anything is, or is to be, measured."""
+    later = study.missing.file.str.split("-").str[0].astype(float)
+    return {round(float(p), 3) for p in (*study.measures["at"], *later)}
+
+
 def stands_on(study: Study, rows: pd.DataFrame) -> str:
     """How many of the files asked for a figure or table of these rows, of one cell and kind,
     stands on, and at which points."""

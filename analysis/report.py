@@ -21,6 +21,7 @@ from analysis import answer, factorial, ledger, load, plots, sections, stats, ta
 from analysis.document import Block, Figure, Items, Link, Section, Table, Text, html, markdown
 from analysis.files import WITH_FLOOR
 from analysis.identities import standing
+from analysis.levels import lacking, points, yet
 from analysis.load import Study
 from analysis.shared import owed
 from analysis.style import capital
@@ -59,8 +60,12 @@ def build(folder: Path) -> Path:
     def figures(kind: str) -> list[Block]:
         return [Figure(p.file, f"{ALT[kind]}, {p.cell}",
                        f"{p.caption} {ledger.standing(study, mismatches, p.cell, p.ids)}".strip())
-                for p in pictures.get(kind, [])] or [Text(f"No data yet: {ALT[kind]}.")]
+                for p in pictures.get(kind, [])] or [Text(f"No data{yet(study)}: {ALT[kind]}.")]
 
+    sigma = [b for kind in ("score_error", "map_error")
+             if kind in pictures or lacking(study, kind) for b in figures(kind)]
+    one = "curves" not in pictures and len(points(study)) == 1
+    curves = [Text("No curve: measured at one point of the budget.")] if one else figures("curves")
     parts = [
         Section("Question", (Text(study.question or "(none stated)", "question"),)),
         Section("Answer", tuple(Text(t, "answer") for t in answer.answers(study, table))
@@ -69,9 +74,8 @@ def build(folder: Path) -> Path:
         Section("Completeness", tuple(_completeness(study))),
         Section("Comparisons", (*_comparisons(study, table, mismatches), *figures("effects"))),
         *factorial.section(study, frames["mean_and_noise"]),
-        Section("Metric against budget", (*_values(study, mismatches), *figures("curves"))),
-        Section("Score error against sigma", tuple(figures("score_error") + (
-            figures("map_error") if "map_error" in pictures else []))),
+        Section("Metric against budget", (*_values(study, mismatches), *curves)),
+        *([Section("Score error against sigma", tuple(sigma))] if sigma else []),
         *sections.sections(study, lambda kind: figures(kind) if kind in pictures else []),
         Section("Samples", tuple(figures("samples"))),
         Section("Ledger audit", tuple(_audit(study, mismatches))),
@@ -143,7 +147,7 @@ def _comparisons(study: Study, table: pd.DataFrame, mismatches: list[ledger.Mism
     for cell in study.cells:
         rows, endpoint = plots.shown(study, table, cell), tables.shown_endpoint(study, cell)
         if endpoint is None or rows.empty:
-            blocks.append(Text(f"{cell}: nothing to compare yet."))
+            blocks.append(Text(f"{cell}: nothing to compare{yet(study)}."))
             continue
         log = stats.is_log(endpoint["metric"])
         verdicts = bool((rows.n >= stats.VERDICT_FROM).any())

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from study import worker
 from study.capture import usable
-from study.errors import StudyError
+from study.errors import StudyError, command
 from study.forecast import BENCH, bench_of, is_timed, step_key
 from study.launch import devices
 from study.resolve import load
@@ -134,7 +134,8 @@ def bench(
     set_up()
     say = partial(console.print, highlight=False, markup=False)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "one CPU thread"
-    ceilings = {p: ceiling(device, p) for p in {r.recipe.factors.precision for r in runs.values()}}
+    precisions = sorted({r.recipe.factors.precision for r in runs.values()})
+    ceilings = {precision: ceiling(device, precision) for precision in precisions}
     for precision, flops in ceilings.items():
         say(f"ceiling of {where} in {precision}: {flops / 1e12:.3g} TFLOP/s")
     rows: dict[str, dict[str, Any]] = {}
@@ -228,4 +229,4 @@ def recipes(study: Study, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, di
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

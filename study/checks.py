@@ -320,6 +320,7 @@ def check_primary(primary: Primary, recipe: Recipe, where: Where) -> None:
     for key, value in wanted.items():
         values = {o[key] for o in offered}
         if value not in values:
-            hint = nearest(value, values) if values else "nothing is; say primary: null"
+            hint = nearest(value, values) if values else (
+                "nothing that compares variants is; measure it, or say primary: null")
             raise StudyError(f"{where(key)}: {value!r} is not measured; {hint}")
     raise StudyError(f"{where('metric')}: {wanted} is not measured together")

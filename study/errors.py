@@ -4,7 +4,9 @@ command a terminal written out, the nearest allowed name, numbers of things."""
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 
 class StudyError(Exception):
@@ -36,3 +38,12 @@ def listed(what: str, values: Iterable[object]) -> str:
     """Things by number or name, each once and in order: "seed 0", "seeds 0, 1"."""
     found = sorted(set(values))
     return f"{what}{'s' * (len(found) > 1)} {', '.join(map(str, found))}"
+
+
+def command(main: Callable[[], int]) -> NoReturn:
+    """Ends the process with the command's exit status: 130 after Ctrl-C, in one line."""
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -124,12 +124,16 @@ class Speeds:
 
 
 def forecast(store: Store, new: list[Run], kind: Kind) -> str | None:
-    """How long training `new` takes one worker, in words; None where nothing of it is trained."""
+    """How long training `new` takes one worker, in words, which say of how many it is known; None
+    where nothing of it is trained."""
     speeds = Speeds(store, kind)
-    trainings = [speeds.training(run) for run in new]
-    if None in trainings:
+    told = [(run, seconds) for run in new if (seconds := speeds.training(run)) is not None]
+    unknown = len(new) - len(told)
+    if unknown and not any(is_timed(run) for run, _ in told):
         return (f"how long training them takes {speeds.where} is not known; python -m study.bench "
                 "finds out there")  # fmt: skip
+    of = f"{len(told)} of these {len(new)} runs" if unknown else "them"
+    new, trainings = [run for run, _ in told], [seconds for _, seconds in told]
     timed = any(is_timed(run) and not speeds.known(run) for run in new)
     beside = [speeds.beside(run) for run in new]
     finished = sum(len(s) for key, s in speeds.finished.items() if len(key) == 1)
@@ -142,5 +146,6 @@ def forecast(store: Store, new: list[Run], kind: Kind) -> str | None:
     if known:
         then = f"compiling and measuring {sum(known) / 60:.1f} more"
         then += f" (not timed for {len(new) - len(known)} runs)" * (len(known) < len(new))
-    return (f"training them takes about {sum(trainings) / 60:.1f} minutes of one worker by "
+    then += "; of the others nothing is known, python -m study.bench finds out" * bool(unknown)
+    return (f"training {of} takes about {sum(trainings) / 60:.1f} minutes of one worker by "
             f"{' and '.join(stands)}, {then}")  # fmt: skip

@@ -263,7 +263,8 @@ def show_plan(console: Console, store: Store, wanted: list[Run], kind: Kind, ret
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit status."""
     options = parser().parse_args(arguments)
-    console, problems = Console(), Console(stderr=True)
+    # a log has room for names
+    console, problems = Console(width=None if sys.stdout.isatty() else 150), Console(stderr=True)
     try:
         for name in ("workers", "minutes"):
             value = getattr(options, name)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import Progress
 
-from study.errors import StudyError
+from study.errors import StudyError, command
 from study.launch import devices
 from study.settings import HEUN_NFE
 from study.store import write_bytes
@@ -216,4 +215,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from studies import TWO_MODES, read, replaced, write
 
-from study import bench, measure, timing, worker
+from study import bench, errors, measure, timing, worker
 from study import run as command
 from study.bench import kept, main
 from study.capture import usable
@@ -88,6 +88,16 @@ def test_plan_tells_the_benchs_forecast(
     text = " ".join(capsys.readouterr().out.split())
     minutes = found["forecast_seconds"]["training"] / 60
     assert f"takes about {minutes:.1f} minutes of one worker by study.bench on one CPU" in text
+
+
+def test_a_table_in_a_log_names_runs_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "a_variant_of_ct_with_a_name_that_is_long"
+    words = [str(write(tmp_path)), "--plan", "--results", str(tmp_path / "results")]
+    changes = ["--set", f"variants.{name}={{from: ct}}", "--set", "seeds=[0, 1, 2, 3, 4, 5]"]
+    assert command.main([*words, *changes]) == 0
+    assert f" {name} " in capsys.readouterr().out
 
 
 def test_several_at_once_do_work(tmp_path: Path) -> None:
@@ -255,6 +265,27 @@ def test_a_bench_cut_short_has_told_and_kept_what_it_timed(
     assert len(found["steps"]) == 2 and len(found["recipes"]) >= 2
     said = capsys.readouterr().out
     assert all(f"{name}: " in said for name in found["steps"])
+    study = load(Path(words[0]))
+    known = sum(f"{r.recipe.cell}/{r.recipe.name}" in found["recipes"]
+                for r in study.unique.values())  # fmt: skip
+    assert 0 < known < len(study.unique)
+    assert command.main([*words[:3], "--plan", "--results", str(tmp_path / "results")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"training {known} of these {len(study.unique)} runs takes about" in said
+    assert "of the others nothing is known, python -m study.bench finds out" in said
+
+
+def test_ctrl_c_ends_a_command_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def cut() -> int:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        errors.command(cut)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    with pytest.raises(SystemExit) as ended:
+        errors.command(lambda: 2)
+    assert ended.value.code == 2
 
 
 def test_one_that_dies_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

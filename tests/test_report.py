@@ -126,6 +126,25 @@ def test_no_primary(tmp_path: Path) -> None:
     assert "cd − ct" in text and "self_pretrain −" not in text
 
 
+def test_what_is_never_measured_is_not_called_missing(tmp_path: Path) -> None:
+    folder = fake.write(tmp_path / "s", variants=FEW)
+    study = json.loads((folder / "study.json").read_text())
+    for run in study["runs"]:
+        measures = folder / "runs" / run["folder"] / "measures"
+        run["measures"] = [m for m in run["measures"] if m.startswith("1.000-fid-")]
+        for file in measures.glob("*.json"):
+            if file.name not in run["measures"]:
+                file.unlink()
+    fake.write_json(folder / "study.json", study)
+    text = report.build(folder).with_suffix(".md").read_text()
+    assert "No curve: measured at one point of the budget." in text
+    assert "## Score error" not in text and "No data" not in text
+    study["runs"][0]["measures"].append("1.000-score_error-00000000.json")
+    fake.write_json(folder / "study.json", study)
+    text = report.build(folder).with_suffix(".md").read_text()
+    assert "No data yet: score error against sigma." in text
+
+
 def test_vectors(tmp_path: Path) -> None:
     primary = fake.PRIMARY | {"metric": "map_error"}
     folder = fake.write(tmp_path / "s", seeds=[0, 1], variants=FEW, vectors=True, primary=primary)

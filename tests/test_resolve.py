@@ -199,6 +199,10 @@ BAD = {
         replaced("ct: {score: single_sample}", "ct: {score: single_sample, seeds: [1]}")
         .replace("run: edm}}", "run: edm}, seeds: [0]}").replace("primary", "#")
         + "compare: [[cd, ct]]\n", "compare.0: .*share no seed"),
+    "primary where nothing compares": (
+        TWO_MODES.split("measure:")[0] + "measure: {score_error: {sigmas: 4, samples: 64}}",
+        "nothing that compares variants is; measure it, or say primary: null",
+    ),
     "unmeasured primary": (replaced("metric: sliced_wasserstein", "metric: fid"), "not measured"),
     "fid of vectors": (TWO_MODES + "  fid: {extractor: digits-cnn, samples: 9}\n", "needs images"),
     "unet on vectors": (replaced("{kind: mlp, width: 16, depth: 1}", "unet"), "needs images"),
