@@ -4,7 +4,7 @@ Every step that the study's recipes take is timed as training takes it, data on 
 optimiser and averages included: medians over steps after a warm-up. TFLOP/s are the student's
 forward pass's multiply-adds, counted twice by torch's own counter, times the passes of one image
 (a backward pass is two forwards; a teacher is taken to be of the student's size); the ceiling is
-this device's best square matrix product in the same precision.
+this device's best square matrix product in the same precision, or in float32 if that is faster.
 """
 
 from __future__ import annotations
@@ -183,6 +183,7 @@ def bench(
                     f"up to {100 * spread:.0f} %)")  # fmt: skip
                 result["determinism"] = {
                     "of": first.recipe.name, "ratio": ratio, "spread": spread}  # fmt: skip
+                keep()
     if options.workers > 1:
         result["together"] = {}
         # around all of it: the fork server outlives a call and keeps the environment it began with

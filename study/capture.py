@@ -1,8 +1,8 @@
 """The step's fast form on a GPU: networks compiled, and loss, gradient and the optimiser's update
 replayed as one CUDA graph.
 
-The arithmetic is that of `Problem.loss`, `backward` and the optimiser: the graph holds the kernels
-that they launch, on buffers that every batch is copied into. On a CPU the same step runs as it is
+The arithmetic is that of `Problem.backward` and the optimiser: the graph holds the kernels that
+they launch, on buffers that every batch is copied into. On a CPU the same step runs as it is
 written.
 """
 

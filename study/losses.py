@@ -68,15 +68,17 @@ class Problem:
         gradient that it begins with, so that is brought to the length REACH by a power of two,
         from the batch alone, and the parameters' are divided by it again, in float32.
         """
+        self.net.zero_grad()  # before the passes, which then have its room
         losses, outputs = self.at_levels(batch, r, t, progress)
         loss = losses.mean()
-        self.net.zero_grad()
         if self.factors.precision != "float16":
             loss.backward()
             return loss.detach()
         first = torch.autograd.grad(loss, outputs)
-        length = torch.stack(torch._foreach_norm(first)).norm()
-        scale = torch.exp2((REACH / length).log2().floor().clamp(-100, 100))
+        # in float64, as squares of float32 leave its range long before their roots do
+        lengths = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in first]
+        power = (REACH / torch.stack(lengths).norm()).log2().floor().clamp(-120, 120)
+        scale = torch.exp2(power).float()
         torch.autograd.backward(outputs, torch._foreach_mul(first, scale))
         torch._foreach_div_([w.grad for w in self.net.parameters() if w.grad is not None], scale)
         return loss.detach()

@@ -178,6 +178,8 @@ def train(
             loss, norm = numbers()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 reason = f"loss {loss}, gradient norm {norm} at update {row['step']}"
+                if factors.precision == "float16":
+                    reason += "; float16 ends at 65 504, so see whether bfloat16 does too"
                 ended("diverged", reason, spent)
                 return False
             append_line(log, row | {"loss": loss, "grad_norm": norm})

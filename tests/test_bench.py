@@ -288,6 +288,21 @@ def test_ctrl_c_ends_a_command_in_one_line(capsys: pytest.CaptureFixture[str]) -
     assert ended.value.code == 2
 
 
+def test_what_determinism_costs_is_kept_before_many_run_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(*_: object) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "determinism", lambda *_: (1.25, 0.01))
+    monkeypatch.setattr(bench, "together", cut)
+    words = [str(write(tmp_path)), "--device", "cpu", "--steps", "1", "--workers", "2"]
+    with pytest.raises(KeyboardInterrupt):
+        main([*words, "--only", "edm-*", "--results", str(tmp_path / "results")])
+    found = json.loads((tmp_path / "results/small/bench.json").read_text())
+    assert found["determinism"]["ratio"] == 1.25
+
+
 def test_one_that_dies_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = load(write(tmp_path))
     run = next(r for r in study.runs if r.recipe.name == "cd")

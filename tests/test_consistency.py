@@ -555,6 +555,17 @@ def test_denoising_sees_the_level_itself_and_the_mask() -> None:
     assert net.calls[0][2] is b.mask
 
 
+def test_the_last_gradient_is_gone_before_the_next_passes() -> None:
+    net = networks.build(Mlp(width=16, depth=1), (1,), 0.0, 0, "")
+    nn.init.normal_(net.out.weight)
+    problem, b = Problem(factors(), SIGMA, net), batch(GAUSS, 9)
+    b, held = replace(b, x=b.x.float(), z=b.z.float()), []
+    net.register_forward_pre_hook(lambda *_: held.append(net.out.weight.grad is not None))
+    for _ in range(2):
+        problem.backward(b, *problem.levels(b, 8))
+    assert len(held) == 4 and not any(held)
+
+
 def test_loss_is_the_mean_over_rows_and_its_gradient_alone_stays() -> None:
     net = networks.build(Mlp(width=16, depth=1), (1,), 0.0, 0, "")
     nn.init.normal_(net.out.weight)
