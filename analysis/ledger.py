@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from analysis import shared
-from analysis.load import Study
+from analysis.load import Cell, Study
 from study.errors import listed, several
 
 # column, its name in a sentence, the factors that must be alike for it to have to be equal
@@ -150,13 +150,12 @@ def _values(starts: pd.DataFrame, column: str) -> pd.Series:
     return values.str[:12] if column == "commit" else values
 
 
-def standing(study: Study, mismatches: Iterable[Mismatch], cell: str,
-             ids: Iterable[str] | None) -> str:
+def standing(cell: Cell, mismatches: Iterable[Mismatch], ids: Iterable[str] | None) -> str:
     """What a caption owes its reader: how many planned runs it stands on and what network these
     share over seeds (neither if ids is None), and what is unequal, uncommitted changes left out:
     these stand under the answer.
     """
-    rows = study.runs[(study.runs.cell == cell) & (study.runs.role == "variant")]
+    rows = cell.runs[cell.runs.role == "variant"]
     fixed = rows[rows.objective == "fixed_point"]["id"]
     if ids is not None and not fixed.isin(ids := list(ids)).any():
         rows = rows[rows.objective != "fixed_point"]
@@ -164,10 +163,10 @@ def standing(study: Study, mismatches: Iterable[Mismatch], cell: str,
     diverged = rows[rows.outcome == "diverged"]["id"].nunique()
     text = ""
     if ids is not None:
-        text = f"Stands on {len(planned & set(ids))} of {len(planned)} planned runs of {cell}"
+        text = f"Stands on {len(planned & set(ids))} of {len(planned)} planned runs of {cell.name}"
         text += f" ({diverged} diverged and left out)." if diverged else "."
         names = rows[rows["id"].isin(set(ids)) & (rows.same_as == "")]["name"]
-        text = f"{text} {shared.owed(study, cell, names)}".rstrip()
-    shown = [m.sentence for m in mismatches if m.cell in ("", cell) and m.what != "dirty"]
+        text = f"{text} {shared.owed(cell, names)}".rstrip()
+    shown = [m.sentence for m in mismatches if m.cell in ("", cell.name) and m.what != "dirty"]
     more = f" And {len(shown) - 3} more in the ledger audit." if len(shown) > 3 else ""
     return text + (f" It stands on a mismatch: {' '.join(shown[:3])}{more}" if shown else "")

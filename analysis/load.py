@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ class Study:
     primaries: dict[str, dict[str, Any]]  # by cell; a cell without one has no entry
     compare: tuple[tuple[str, str], ...]  # (variant, baseline): named beside the primary
     seeds: tuple[int, ...]
-    cells: tuple[str, ...]
+    cell_names: tuple[str, ...]
     recipes: tuple[dict[str, Any], ...]
     runs: pd.DataFrame
     measures: pd.DataFrame
@@ -80,17 +81,35 @@ class Study:
     halves: dict[str, str]  # what is of another training than trained.json, by folder
     files: dict[str, dict[str, list[str]]]  # folders by file of first weights and its SHA-256
 
-    def prefix(self, cell: str) -> str:
-        """What a sentence about one cell begins with: its name, where there are several."""
-        return f"{cell}: " if len(self.cells) > 1 else ""
+    @cached_property
+    def cells(self) -> tuple[Cell, ...]:
+        """The study cell by cell, in the order of the study file."""
+        return tuple(Cell(self, name) for name in self.cell_names)
 
-    def recipes_of(self, cell: str) -> dict[str, dict[str, Any]]:
-        """A cell's recipes by name, in the order of the study file."""
-        return {r["name"]: r for r in self.recipes if r["cell"] == cell}
+    def of(self, name: str) -> Cell:
+        """The cell of this name."""
+        return self.cells[self.cell_names.index(name)]
 
-    def fixed(self, cell: str) -> set[str]:
-        """The names of a cell's fixed points."""
-        return {n for n, r in self.recipes_of(cell).items() if computed(r)}
+
+class Cell:
+    """What a study holds of one cell, with its recipes by name in the order of the study file.
+
+    primary: {} without one. fixed: the names of fixed points. prefix: what a sentence about the
+    cell begins with, its name where there are several.
+    """
+
+    def __init__(self, study: Study, name: str) -> None:
+        def own(frame: pd.DataFrame) -> pd.DataFrame:
+            return frame[frame.cell == name]
+
+        self.study, self.name = study, name
+        self.prefix = f"{name}: " if len(study.cell_names) > 1 else ""
+        self.primary = study.primaries.get(name, {})
+        self.recipes = {r["name"]: r for r in study.recipes if r["cell"] == name}
+        self.fixed = {n for n, r in self.recipes.items() if computed(r)}
+        self.runs, self.missing = own(study.runs), own(study.missing)
+        self.measures, self.instruments = own(study.measures), own(study.instruments)
+        self.score_errors, self.map_errors = own(study.score_errors), own(study.map_errors)
 
     def lasting(self, rows: pd.DataFrame) -> pd.DataFrame:
         """The rows of runs that did not diverge."""
@@ -175,7 +194,7 @@ def load(folder: Path) -> Study:
         folder=folder, name=plan["name"], question=plan["question"],
         primaries={c: p for c, p in (plan["primary"] or {}).items() if p},
         compare=tuple((a, b) for a, b in plan.get("compare", ())),
-        seeds=tuple(plan["seeds"]), cells=tuple(plan["cells"]),
+        seeds=tuple(plan["seeds"]), cell_names=tuple(plan["cells"]),
         recipes=tuple(plan["recipes"]),
         runs=pd.DataFrame(rows["run"], columns=list(RUN_COLUMNS)),
         measures=pd.DataFrame(rows["measure"], columns=list(MEASURE_COLUMNS)),

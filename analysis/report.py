@@ -57,8 +57,8 @@ def build(folder: Path) -> Path:
     plots.preview(study, table, out / "preview.png")
 
     def figures(kind: str) -> list[Block]:
-        return [Figure(p.file, f"{ALT[kind]}, {p.cell}",
-                       f"{p.caption} {ledger.standing(study, mismatches, p.cell, p.ids)}".strip())
+        return [Figure(p.file, f"{ALT[kind]}, {p.cell.name}",
+                       f"{p.caption} {ledger.standing(p.cell, mismatches, p.ids)}".strip())
                 for p in pictures.get(kind, [])] or [Text(f"No data yet: {ALT[kind]}.")]
 
     parts = [
@@ -91,8 +91,8 @@ def _beside(study: Study, table: pd.DataFrame, squares: pd.DataFrame,
     """
     items = (*answer.named(study, table), *factorial.sentences(study, squares),
              *answer.beside(study, table))
-    common = [(c, owed(study, c, tables.variants(study, c))) for c in study.cells]
-    lines = [*answer.powers(study, table), *(study.prefix(c) + text for c, text in common if text),
+    common = [(c, owed(c, tables.variants(c))) for c in study.cells]
+    lines = [*answer.powers(study, table), *(c.prefix + text for c, text in common if text),
              *(m.sentence for m in mismatches if m.what in ledger.ANSWERED)]
     return [*([Items(items)] if items else []), *(Text(t) for t in lines)]
 
@@ -100,9 +100,9 @@ def _beside(study: Study, table: pd.DataFrame, squares: pd.DataFrame,
 def _variants(study: Study) -> list[Block]:
     blocks: list[Block] = []
     for cell in study.cells:
-        rows, shared = words.recipes(study, cell)
+        rows, shared = words.recipes(cell)
         blocks.append(Table(("variant", "how it is trained", "images"), tuple(rows),
-                            f"{cell}. Named are a variant's own factors; all else is as most "
+                            f"{cell.name}. Named are a variant's own factors; all else is as most "
                             f"variants have it: {shared}."))
     return blocks
 
@@ -141,9 +141,9 @@ def _comparisons(study: Study, table: pd.DataFrame, mismatches: list[ledger.Mism
                  ) -> list[Block]:
     blocks: list[Block] = []
     for cell in study.cells:
-        rows, endpoint = plots.shown(study, table, cell), tables.shown_endpoint(study, cell)
+        rows, endpoint = plots.shown(table, cell), tables.shown_endpoint(cell)
         if endpoint is None or rows.empty:
-            blocks.append(Text(f"{cell}: nothing to compare yet."))
+            blocks.append(Text(f"{cell.name}: nothing to compare yet."))
             continue
         log = stats.is_log(endpoint["metric"])
         verdicts = bool((rows.n >= stats.VERDICT_FROM).any())
@@ -158,21 +158,21 @@ def _comparisons(study: Study, table: pd.DataFrame, mismatches: list[ledger.Mism
                  *((words.p_text(r.p_holm), words.p_text(r.sign_flip_p), r.verdict.split(":")[0])
                    if verdicts else ()), r.matched, r.matched_with_sources)
                 for _, r in rows.iterrows()]
-        measured = tables.select(study.measures[study.measures.cell == cell], endpoint)
-        caption = [f"{cell}: {tables.described(endpoint)}. Effects above 0 mean worse than the "
-                   "baseline" + ("; percent of a ratio of geometric means." if log else "."),
+        measured = tables.select(cell.measures, endpoint)
+        caption = [f"{cell.name}: {tables.described(endpoint)}. Effects above 0 mean worse than "
+                   "the baseline" + ("; percent of a ratio of geometric means." if log else "."),
                    *([] if verdicts else ["Screening: effects and intervals, no verdicts."]),
-                   ledger.standing(study, mismatches, cell, measured["id"])]
+                   ledger.standing(cell, mismatches, measured["id"])]
         if rows.shared.any():
             caption.append(f"No verdict on a side that is {words.ONE_NETWORK}.")
         if endpoint["reference"] == "held_out":
-            caption.append(words.seen(study, measured))
+            caption.append(words.seen(cell, measured))
         if verdicts:
             caption.append("Verdicts are on the claim that A, of A − B, is worse. Refuted: the "
                            "claim that A is worse is refuted: the 95 % upper bound lies below the "
                            "margin. Holm's adjustment over all but the primary guards "
                            '"supported" only.')
-        if rows[["variant", "baseline"]].isin(study.fixed(cell)).any(axis=None):
+        if rows[["variant", "baseline"]].isin(cell.fixed).any(axis=None):
             caption.append("Against a fixed point, which is computed without training, what is "
                            "left is the network's own error.")
         if (rows.equal_variances_p < 0.05).any():
@@ -196,19 +196,19 @@ def _comparisons(study: Study, table: pd.DataFrame, mismatches: list[ledger.Mism
 def _values(study: Study, mismatches: list[ledger.Mismatch]) -> list[Block]:
     blocks: list[Block] = []
     for cell in study.cells:
-        every = study.measures[study.measures.cell == cell]
-        rows, sources = (every[every.role == role] for role in ("variant", "source"))
-        standing = ledger.standing(study, mismatches, cell, rows["id"])
-        frame = tables.summary(study, cell, "variant")
+        rows, sources = (cell.measures[cell.measures.role == role]
+                         for role in ("variant", "source"))
+        standing = ledger.standing(cell, mismatches, rows["id"])
+        frame = tables.summary(cell, "variant")
         if len(frame):
-            blocks.append(_value_table(study, frame, f"{cell}, variants", standing,
-                                       words.seen(study, rows)))
-        frame = tables.summary(study, cell, "source")  # teachers and twins are measured unlike
+            blocks.append(_value_table(study, frame, f"{cell.name}, variants", standing,
+                                       words.seen(cell, rows)))
+        frame = tables.summary(cell, "source")  # teachers and twins are measured unlike
         for _, part in frame.groupby(frame.notna().apply(tuple, axis=1) if len(frame) else []):
             part = part.dropna(axis=1, how="all")
-            blocks.append(_value_table(study, part, f"{cell}, sources",
-                                       owed(study, cell, part.index),
-                                       words.seen(study, sources)))
+            blocks.append(_value_table(study, part, f"{cell.name}, sources",
+                                       owed(cell, part.index),
+                                       words.seen(cell, sources)))
     return blocks
 
 
@@ -278,10 +278,10 @@ def _trace(study: Study) -> list[Block]:
         "was trained), trained.json (what it cost) and attempts.jsonl (where it ran). "
         "comparisons.csv lists the per-seed differences of every effect in its column points.")]
     for cell in study.cells:
-        endpoint, primary = tables.shown_endpoint(study, cell), study.primaries.get(cell)
-        if endpoint is None or primary is None:
+        endpoint, primary = tables.shown_endpoint(cell), cell.primary
+        if endpoint is None or not primary:
             continue
-        rows = tables.select(study.measures[study.measures.cell == cell], endpoint)
+        rows = tables.select(cell.measures, endpoint)
         rows = rows[rows.name.isin([primary["variant"], primary["against"]])]
         body = [(str(r.seed), r.name, f"{r.value:.5g}", f"{r.floor:.4g}" if r.floor == r.floor
                  else "–", Link(r.file, "../" + quote(r.file)))
@@ -289,9 +289,9 @@ def _trace(study: Study) -> list[Block]:
         lacking = endpoint["metric"] in WITH_FLOOR and bool(rows["floor"].isna().any())
         blocks.append(Table(("seed", "variant", tables.title(endpoint["metric"], endpoint["nfe"]),
                              "real against real", "file"), tuple(body),
-                            f"The primary comparison of {cell}, run by run."
+                            f"The primary comparison of {cell.name}, run by run."
                             + f" {capital(words.NO_FLOOR)}." * lacking
-                            + f" {words.seen(study, rows)}".rstrip()))
+                            + f" {words.seen(cell, rows)}".rstrip()))
     return blocks
 
 

@@ -25,7 +25,7 @@ from analysis.levels import (
     star_text,
     text_of,
 )
-from analysis.load import Study
+from analysis.load import Cell, Study
 
 ALT = {"gradient_noise": "noise of the gradient against t", "gradient_parts": "origins of noise",
        "gradient_step": "step size against t", "gradient_cosine": "cosine of gradients against t",
@@ -88,20 +88,20 @@ def sections(study: Study, figures: Callable[[str], list[Block]]) -> list[Sectio
             ("One trajectory, one output", ("trajectories",), ("trajectories", "drift"), paths),
             ("Fixed points", ("pushforward",), ("fixed_points",), oracle.blocks),
             ("Memorisation and coverage", ("memorisation", "coverage"), (), samples)):
-        cells = [c for c in study.cells if any(planned(study, c, kind) for kind in kinds)]
+        cells = [c for c in study.cells if any(planned(c, kind) for kind in kinds)]
         if cells:
-            blocks = [b for c in cells for b in table(study, c)]
+            blocks = [b for c in cells for b in table(c)]
             blocks += [b for kind in drawn for b in figures(kind)] if blocks else []
             made.append(Section(title, tuple(blocks) or (
                 Text(f"No data yet: {title[:1].lower()}{title[1:]}."),)))
     return made
 
 
-def gradient(kind: str, study: Study, cell: str) -> list[Block]:
+def gradient(kind: str, cell: Cell) -> list[Block]:
     """One row per variant and point of training, means over seeds; columns without a number are
     left out."""
     columns, over, caption = GRADIENT[kind]
-    rows = rows_of(study, cell, kind, last=False)
+    rows = rows_of(cell, kind, last=False)
     columns = tuple(c for c in columns if
                     ((rows.quantity == c[0]) & (rows.over == over)).any())
     if not columns:
@@ -115,14 +115,14 @@ def gradient(kind: str, study: Study, cell: str) -> list[Block]:
                              *(text_of(single(own, q, over)) for q, _ in columns),
                              f"{own['id'].nunique()}"))
     header = ("variant", *(["at"] if len(points) > 1 else []), *(c[1] for c in columns), "seeds")
-    first, second = compared(study, rows)
-    told = caption.format(first=first, second=second, star=star_text(study, cell))
-    return [Table(header, tuple(body), f"{cell}: {told} {stands_on(study, rows)}")]
+    first, second = compared(cell, rows)
+    told = caption.format(first=first, second=second, star=star_text(cell))
+    return [Table(header, tuple(body), f"{cell.name}: {told} {stands_on(cell, rows)}")]
 
 
-def paths(study: Study, cell: str) -> list[Block]:
+def paths(cell: Cell) -> list[Block]:
     """Error at T, drift and spread by path."""
-    rows = rows_of(study, cell, "trajectories")
+    rows = rows_of(cell, "trajectories")
     measured = there(rows)
     if not measured:
         return []
@@ -140,17 +140,17 @@ def paths(study: Study, cell: str) -> list[Block]:
                              f"{entry['n']:.0f}"))
     return [Table(("variant", "path", "error at T", "spread along the path", "floor", "seeds"),
                   tuple(body),
-                  f"{cell}: distance of f(x(T), T), T = {top:.3g}, to the end of each score's "
-                  "path from there, and spread of f along it: rms in units of the data, "
+                  f"{cell.name}: distance of f(x(T), T), T = {top:.3g}, to the end of each "
+                  "score's path from there, and spread of f along it: rms in units of the data, "
                   f"means over seeds {ERROR}. The floor is the distance between the "
-                  "ends of two teachers' paths. " + stands_on(study, rows))]
+                  "ends of two teachers' paths. " + stands_on(cell, rows))]
 
 
-def samples(study: Study, cell: str) -> list[Block]:
+def samples(cell: Cell) -> list[Block]:
     """Memorisation, precision, recall and the histogram of classes at the end, of variants once
     each and of sources."""
     blocks: list[Block] = []
-    every = study.instruments[study.instruments.cell == cell]
+    every = cell.instruments
     for kind, columns, caption in (
             ("memorisation", MEMORY,
              "share of samples whose nearest training image is nearer than their nearest held-out "
@@ -163,8 +163,8 @@ def samples(study: Study, cell: str) -> list[Block]:
              "precision is the share of samples near real images, recall the share of real images "
              "near samples, in the extractor's features; both are better high.")):
         rows = every[every.kind == kind]
-        names = [*tables.variants(study, cell), *rows[rows.role == "source"].name.unique()]
-        rows = study.lasting(rows[rows.name.isin(names)])
+        names = [*tables.variants(cell), *rows[rows.role == "source"].name.unique()]
+        rows = cell.lasting(rows[rows.name.isin(names)])
         rows = rows[rows["at"] == rows["at"].max()]
         if rows.empty:
             continue
@@ -176,11 +176,11 @@ def samples(study: Study, cell: str) -> list[Block]:
                 text_of(e | {"se": math.nan} if q.endswith("_se") else e)  # itself an error
                 for q, e in entries.items()), f"{own['id'].nunique()}"))
         blocks.append(Table(("name", "EMA", "NFE", *(c[1] for c in columns), "seeds"), tuple(body),
-                            f"{cell}: {caption} Means over seeds. {stands_on(study, rows)}"))
+                            f"{cell.name}: {caption} Means over seeds. {stands_on(cell, rows)}"))
     return blocks + _histogram(cell, rows)
 
 
-def _histogram(cell: str, rows: pd.DataFrame) -> list[Block]:
+def _histogram(cell: Cell, rows: pd.DataFrame) -> list[Block]:
     """Shares of classes, the training images' first."""
     classes = sorted(rows[rows.over == "class"].level.unique())
     if not classes:
@@ -196,8 +196,8 @@ def _histogram(cell: str, rows: pd.DataFrame) -> list[Block]:
         body.append(line(f"{name}, EMA {ema}, {nfe:g} NFE" if alike > 1 else str(name), own,
                          "shares"))
     return [Table(("percent of class", *(f"{c:g}" for c in classes)), tuple(body),
-                  f"{cell}: shares of the classes that the extractor's classifier sees, means "
-                  "over seeds.")]
+                  f"{cell.name}: shares of the classes that the extractor's classifier sees, "
+                  "means over seeds.")]
 
 
 def identities(study: Study) -> list[Block]:
