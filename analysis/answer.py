@@ -150,8 +150,9 @@ def powers(study: Study, table: pd.DataFrame) -> list[str]:
     """What more seeds would show: the power of the primary comparison, from six seeds on. Beside
     one network they would show nothing."""
     texts = []
-    for _, row in table[(table.role == "primary") & (table.shared == "")].iterrows():
-        margin = float(study.of(row.cell).primary["margin"])
+    for cell, row in ((c, r) for c in study.cells for r in _rows(table, c, "primary")
+                      if not r.shared):
+        margin = float(cell.primary["margin"])
         needed = stats.seeds_needed(tables.effect_of(row), margin)
         size = change(margin, True) if stats.is_log(row.metric) else f"{margin:g}"
         if row.n and row.n < stats.VERDICT_FROM:
@@ -159,7 +160,7 @@ def powers(study: Study, table: pd.DataFrame) -> list[str]:
             texts.append(f"A verdict wants {stats.VERDICT_FROM} seeds or more; fewer show "
                          f"effects and their spread. {how}")
         elif needed:
-            texts.append(f"With the spread seen in {row.cell}, an effect as large as the margin "
+            texts.append(f"With the spread seen in {cell.name}, an effect as large as the margin "
                          f"({size}) would need {needed} seeds to be found with a chance of 80 %.")
     return list(dict.fromkeys(texts))
 

@@ -152,7 +152,7 @@ def section(study: Study, frame: pd.DataFrame) -> list[Section]:
     points = dict.fromkeys(tables.described(tables.shown_endpoint(cell)) for cell in cells)
     block: Block = Table(
         ("cell", "effect of", "teacher's mean, plain and noisy; exact mean, plain and noisy",
-         "effect", "95 % t interval", "seeds"), tuple(body),
+         "effect", "95 % t interval", "seeds"), body,
         f"{'; '.join(points)}. Paired contrasts per block over the seeds that all four corners "
         "have: the effect of the mean averaged over noise, that of the noise averaged over means, "
         "and the interaction, by how much the noise's effect is larger with the exact mean. "

@@ -15,6 +15,7 @@ import pandas as pd
 
 from analysis import shared
 from analysis.load import Cell, Study
+from analysis.recipes import kind_of
 from study.errors import listed, several
 
 # column, its name in a sentence, the factors that must be alike for it to have to be equal
@@ -69,7 +70,7 @@ def audit(study: Study) -> list[Mismatch]:
             groups: dict[str, dict[Any, list[str]]] = {}
             for name, side, value in block[["name", "side", column]].itertuples(index=False):
                 f = factors[cell, name]
-                random = (f.get("init") or {}).get("kind") == "random"
+                random = kind_of(f, "init") == "random"
                 if value in ("", None) or value != value or (
                         column == "init_digest" and not random):
                     continue

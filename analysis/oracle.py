@@ -15,7 +15,7 @@ from analysis import tables, words
 from analysis.document import Block, Table
 from analysis.levels import rows_of, single, stands_on
 from analysis.load import Cell
-from analysis.recipes import computed, counterparts, end
+from analysis.recipes import computed, counterparts, end, kind_of
 from analysis.style import GREY, MARKERS, Drawn, plain_log
 
 METRICS = (("w2", "Wasserstein-2 distance,\nunits of the data"),
@@ -57,8 +57,7 @@ def series(recipes: dict[str, Any], axis: str) -> list[list[str]]:
 
 def method(factors: dict[str, Any], axis: str = "") -> str:
     """A fixed point in a few words, without what an axis says."""
-    score = factors.get("score") or {}
-    exact = score.get("kind") == "analytic"
+    exact = kind_of(factors, "score") == "analytic"
     steps = place(factors, "discretization")
     solver, distance = (words.factor_text(factors.get(k)) for k in ("solver", "distance"))
     parts = ["CD" if exact else "CT", solver if exact else "",
@@ -175,7 +174,7 @@ def blocks(cell: Cell) -> list[Block]:
     body = []
     for name in fixed:
         f = recipes[name]["factors"]
-        exact = (f.get("score") or {}).get("kind") == "analytic"
+        exact = kind_of(f, "score") == "analytic"
         masses = rows[(rows.name == name) & (rows.quantity == "masses")]
         shares = masses.groupby("level")["value"].mean()
         body.append((name, "CD" if exact else "CT", f"{place(f, 'discretization'):g}",
@@ -190,7 +189,7 @@ def blocks(cell: Cell) -> list[Block]:
         true = weights.groupby("level")["value"].mean()
         found.append(Table(
             ("fixed point", "method", "N", "K", "distance", "solver", "W2", "between modes",
-             "mass by mode"), tuple(body),
+             "mass by mode"), body,
             f"{cell.name}: fixed points, without training error. W2 is the Wasserstein-2 distance "
             "of the prior sent through f to the data, in their units; K the posterior draws "
             "averaged in the score."
@@ -211,7 +210,7 @@ def blocks(cell: Cell) -> list[Block]:
             body.append((name, fixed_name, *cells, f"{_value(rows, name, 'w2')['n']:.0f}"))
         found.append(Table(
             ("trained", "its fixed point", "W2 trained", "W2 fixed point", "difference",
-             "between trained", "between fixed point", "difference", "seeds"), tuple(body),
+             "between trained", "between fixed point", "difference", "seeds"), body,
             f"{cell.name}: trained networks beside the fixed points of the same data, score, "
             "solver, grid and distance: means over seeds (smallest to largest). A fixed point is "
             "computed: what is left, the difference, is the network's own error. It costs no "

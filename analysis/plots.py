@@ -71,8 +71,8 @@ def preview(study: Study, table: pd.DataFrame, path: Path) -> None:
     """One wide picture of the first cell that has comparisons: effects, curve, samples."""
     colours = palette(study)
     for cell in study.cells:
-        rows, endpoint = shown(table, cell), tables.shown_endpoint(cell)
-        if endpoint is None or not rows["n"].any():
+        rows, endpoint = shown(table, cell)
+        if not rows["n"].any():
             continue
         with matplotlib.rc_context(STYLE):
             files = probes.sample_files(cell)
@@ -94,11 +94,11 @@ def preview(study: Study, table: pd.DataFrame, path: Path) -> None:
         return
 
 
-def shown(table: pd.DataFrame, cell: Cell) -> pd.DataFrame:
-    """The comparisons of a cell at the endpoint that its table shows."""
-    endpoint = tables.shown_endpoint(cell)
-    rows = table[table["cell"] == cell.name]
-    return tables.select(rows, endpoint) if endpoint else rows.iloc[:0]
+def shown(table: pd.DataFrame, cell: Cell) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The comparisons of a cell at the endpoint that its table shows, and that endpoint; none and
+    {} where it shows none."""
+    rows, endpoint = table[table["cell"] == cell.name], tables.shown_endpoint(cell)
+    return (tables.select(rows, endpoint), endpoint) if endpoint else (rows.iloc[:0], {})
 
 
 # --- effects -------------------------------------------------------------------------------------
@@ -151,9 +151,9 @@ def forest(axes: Axes, rows: pd.DataFrame, colours: dict[str, Any], metric: str,
 
 
 def _effects(table: pd.DataFrame, cell: Cell, colours: dict[str, Any]) -> Drawn:
-    rows, endpoint = shown(table, cell), tables.shown_endpoint(cell)
+    rows, endpoint = shown(table, cell)
     rows = rows[rows["n"] > 0].head(DRAWN)
-    if endpoint is None or rows.empty:
+    if rows.empty:
         return None
     figure = Figure(figsize=(9, 1.3 + 0.46 * len(rows)))
     forest(figure.subplots(), rows, colours, endpoint["metric"],

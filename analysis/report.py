@@ -61,22 +61,24 @@ def build(folder: Path) -> Path:
                        f"{p.caption} {ledger.standing(p.cell, mismatches, p.ids)}".strip())
                 for p in pictures.get(kind, [])] or [Text(f"No data yet: {ALT[kind]}.")]
 
+    def there(kind: str) -> list[Block]:
+        return figures(kind) if kind in pictures else []
+
     parts = [
-        Section("Question", (Text(study.question or "(none stated)", "question"),)),
-        Section("Answer", tuple(Text(t, "answer") for t in answer.answers(study, table))
-                + tuple(_beside(study, table, frames["mean_and_noise"], mismatches))),
-        Section("Variants", tuple(_variants(study))),
-        Section("Completeness", tuple(_completeness(study))),
-        Section("Comparisons", (*_comparisons(study, table, mismatches), *figures("effects"))),
+        Section("Question", [Text(study.question or "(none stated)", "question")]),
+        Section("Answer", [*(Text(t, "answer") for t in answer.answers(study, table)),
+                           *_beside(study, table, frames["mean_and_noise"], mismatches)]),
+        Section("Variants", _variants(study)),
+        Section("Completeness", _completeness(study)),
+        Section("Comparisons", [*_comparisons(study, table, mismatches), *figures("effects")]),
         *factorial.section(study, frames["mean_and_noise"]),
-        Section("Metric against budget", (*_values(study, mismatches), *figures("curves"))),
-        Section("Score error against sigma", tuple(figures("score_error") + (
-            figures("map_error") if "map_error" in pictures else []))),
-        *sections.sections(study, lambda kind: figures(kind) if kind in pictures else []),
-        Section("Samples", tuple(figures("samples"))),
-        Section("Ledger audit", tuple(_audit(study, mismatches))),
-        Section("Provenance", tuple(_provenance(study))),
-        Section("From a number to its run", tuple(_trace(study)))]
+        Section("Metric against budget", [*_values(study, mismatches), *figures("curves")]),
+        Section("Score error against sigma", [*figures("score_error"), *there("map_error")]),
+        *sections.sections(study, there),
+        Section("Samples", figures("samples")),
+        Section("Ledger audit", _audit(study, mismatches)),
+        Section("Provenance", _provenance(study)),
+        Section("From a number to its run", _trace(study))]
     title = f"Study {study.name}"
     (out / "report.md").write_text(markdown(title, parts), encoding="utf-8")
     (out / "report.html").write_text(html(title, parts, out), encoding="utf-8")
@@ -91,8 +93,8 @@ def _beside(study: Study, table: pd.DataFrame, squares: pd.DataFrame,
     """
     items = (*answer.named(study, table), *factorial.sentences(study, squares),
              *answer.beside(study, table))
-    common = [(c, owed(c, tables.variants(c))) for c in study.cells]
-    lines = [*answer.powers(study, table), *(c.prefix + text for c, text in common if text),
+    lines = [*answer.powers(study, table),
+             *(c.prefix + text for c in study.cells if (text := owed(c, tables.variants(c)))),
              *(m.sentence for m in mismatches if m.what in ledger.ANSWERED)]
     return [*([Items(items)] if items else []), *(Text(t) for t in lines)]
 
@@ -101,7 +103,7 @@ def _variants(study: Study) -> list[Block]:
     blocks: list[Block] = []
     for cell in study.cells:
         rows, shared = words.recipes(cell)
-        blocks.append(Table(("variant", "how it is trained", "images"), tuple(rows),
+        blocks.append(Table(("variant", "how it is trained", "images"), rows,
                             f"{cell.name}. Named are a variant's own factors; all else is as most "
                             f"variants have it: {shared}."))
     return blocks
@@ -127,7 +129,7 @@ def _completeness(study: Study) -> list[Block]:
     blocks: list[Block] = [
         Text(f"{several(len(runs), 'run')} planned: {detail}. Unfinished means running, "
              "interrupted or to measure."),
-        Table(tuple(header[k] for k in keep), tuple(tuple(row[k] for k in keep) for row in rows),
+        Table([header[k] for k in keep], [[row[k] for k in keep] for row in rows],
               "Names that mean the same run share its folder and are counted once."
               if study.runs.same_as.any() else "")]
     bad = runs[(runs["state"] == "failed") | (runs.outcome == "diverged")]
@@ -141,8 +143,8 @@ def _comparisons(study: Study, table: pd.DataFrame, mismatches: list[ledger.Mism
                  ) -> list[Block]:
     blocks: list[Block] = []
     for cell in study.cells:
-        rows, endpoint = plots.shown(table, cell), tables.shown_endpoint(cell)
-        if endpoint is None or rows.empty:
+        rows, endpoint = plots.shown(table, cell)
+        if rows.empty:
             blocks.append(Text(f"{cell.name}: nothing to compare yet."))
             continue
         log = stats.is_log(endpoint["metric"])
@@ -182,8 +184,8 @@ def _comparisons(study: Study, table: pd.DataFrame, mismatches: list[ledger.Mism
         if len(whats) > 1:
             caption.append("Values of unlike identity stand in rows of their own: "
                            + "; ".join(whats) + ".")
-        blocks.append(Table(tuple(header), tuple(body), " ".join(filter(None, caption)),
-                            tuple(i for i, r in enumerate(rows.role) if r == "primary")))
+        blocks.append(Table(header, body, " ".join(filter(None, caption)),
+                            [i for i, r in enumerate(rows.role) if r == "primary"]))
     blocks.append(Text(words.GLOSSARY))
     rest = int((table.role == "descriptive").sum())
     if rest:
@@ -213,8 +215,8 @@ def _values(study: Study, mismatches: list[ledger.Mismatch]) -> list[Block]:
 
 
 def _value_table(study: Study, frame: pd.DataFrame, what: str, *notes: str) -> Table:
-    body = tuple((name, *(words.value(v, len(study.seeds)) for v in row))
-                 for name, row in zip(frame.index, frame.to_numpy(), strict=True))
+    body = [(name, *(words.value(v, len(study.seeds)) for v in row))
+            for name, row in zip(frame.index, frame.to_numpy(), strict=True)]
     return Table(("name", *tables.headings(list(frame.columns))), body,
                  " ".join(filter(None, (
                      f"{what} at their last point:",
@@ -245,7 +247,7 @@ def _audit(study: Study, mismatches: list[ledger.Mismatch]) -> list[Block]:
                      "stand on the same data, and all runs share code, device, torch and "
                      "Python."), table]
     return [Text(f"{several(len(mismatches), 'mismatch')}:"),
-            Items(tuple(m.sentence for m in mismatches)),
+            Items([m.sentence for m in mismatches]),
             table]
 
 
@@ -256,7 +258,7 @@ def _provenance(study: Study) -> list[Block]:
              for column, label in ledger.ENVIRONMENT]
     lines += [f"first weights: {name}, SHA-256 {digest[:16]} ({several(len(runs), 'run')})"
               for name, digests in study.files.items() for digest, runs in digests.items()]
-    blocks: list[Block] = [Items(tuple(lines)),
+    blocks: list[Block] = [Items(lines),
                            *sections.identities(study)]
     if len(study.missing):
         blocks += [Text("Not there of what is asked for: "
@@ -288,7 +290,7 @@ def _trace(study: Study) -> list[Block]:
                 for r in rows.sort_values("seed", kind="stable").head(2 * LISTED).itertuples()]
         lacking = endpoint["metric"] in WITH_FLOOR and bool(rows["floor"].isna().any())
         blocks.append(Table(("seed", "variant", tables.title(endpoint["metric"], endpoint["nfe"]),
-                             "real against real", "file"), tuple(body),
+                             "real against real", "file"), body,
                             f"The primary comparison of {cell.name}, run by run."
                             + f" {capital(words.NO_FLOOR)}." * lacking
                             + f" {words.seen(cell, rows)}".rstrip()))

@@ -11,7 +11,7 @@ from matplotlib.ticker import EngFormatter
 
 from analysis import stats
 from analysis.load import Cell
-from analysis.recipes import AMOUNT, BUDGET, computed, differing, planned
+from analysis.recipes import AMOUNT, BUDGET, computed, differing, kind_of, planned
 from analysis.records import number
 
 SI = EngFormatter(sep="\u00a0")
@@ -166,8 +166,7 @@ def seconds(value: float) -> str:
 def seen(cell: Cell, rows: pd.DataFrame) -> str:
     """What a caption owes its reader of measured values that stand on the held-out images of a
     folder, directly or in their floor, by an extractor of such data; "" where none do."""
-    folder = any((r["factors"].get("data") or {}).get("kind") == "images"
-                 for r in cell.recipes.values())
+    folder = any(kind_of(r["factors"], "data") == "images" for r in cell.recipes.values())
     held_out = (rows.floor.notna() | (rows.reference == "held_out")) & rows.identity.str.contains(
         r"\bextractor=[^,:]+-cnn\b")
     return (f"Read numbers against held-out images, and real against real, with care: {SEEN}."
