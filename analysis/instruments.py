@@ -109,8 +109,7 @@ def noise(cell: Cell, colours: dict[str, Any]) -> Drawn:
         "the part that another x with the same x_t changes; a score that is a function of x_t has "
         "0. Legend: its mean under the law of training, ± one standard error. In Adam's metric "
         "every coordinate is divided by the root of its second moment. "
-        f"{RATIO} {OWN} {BARS} "
-        + star_text(cell) + " " + stands_on(cell, rows)), None
+        f"{RATIO} {OWN} {BARS} {star_text(cell)} {stands_on(cell, rows)}"), None
 
 
 def parts(cell: Cell, colours: dict[str, Any]) -> Drawn:
@@ -147,8 +146,7 @@ def parts(cell: Cell, colours: dict[str, Any]) -> Drawn:
         "total, means over seeds: black is rho. The parts are unbiased estimates; what comes out "
         "below 0 is drawn as 0. Their sizes stand in the table. "
         + f"Not drawn, all of theirs being that of the draw: {still}. " * bool(still)
-        + star_text(cell) + " "
-        + stands_on(cell, rows)), None
+        + f"{star_text(cell)} {stands_on(cell, rows)}"), None
 
 
 def step(cell: Cell, colours: dict[str, Any]) -> Drawn:
@@ -168,8 +166,7 @@ def step(cell: Cell, colours: dict[str, Any]) -> Drawn:
         "How far one step of the loss goes: the norm |f(x_t, t) - f^-(x_r, r)| of a whole image, "
         "root mean square over images. Over c: well above the line at 1 the pseudo-Huber distance "
         "is a norm, whose gradient does not see how far, well below it a square. A variant "
-        f"without c has no line there. {BARS} "
-        + stands_on(cell, rows)), None
+        f"without c has no line there. {BARS} {stands_on(cell, rows)}"), None
 
 
 def cosine(cell: Cell, colours: dict[str, Any]) -> Drawn:
@@ -194,8 +191,7 @@ def cosine(cell: Cell, colours: dict[str, Any]) -> Drawn:
         "same batches, noise removed, so that it may leave [-1, 1]. At 1 (line) they differ in "
         "noise and length alone. Where the signal to noise is small the cosine is not told. "
         f"Legend: under the law of training, ± one standard error. {OWN} {BARS} "
-        f"{star_text(cell)} "
-        + stands_on(cell, rows)), None
+        f"{star_text(cell)} {stands_on(cell, rows)}"), None
 
 
 def rounding(cell: Cell, colours: dict[str, Any]) -> Drawn:
@@ -219,8 +215,7 @@ def rounding(cell: Cell, colours: dict[str, Any]) -> Drawn:
         "Legend: the error of one batch's gradient under the law of training, ± one standard "
         "error. Dashed: that of the mean gradient, noise removed; not drawn where noise leaves "
         "its square negative. At 1 (line) a step is all rounding, or rounding as large as the "
-        f"noise of the batch. {OWN} {BARS} "
-        + stands_on(cell, rows)), None
+        f"noise of the batch. {OWN} {BARS} {stands_on(cell, rows)}"), None
 
 
 def compared(cell: Cell, rows: pd.DataFrame) -> tuple[str, str]:
@@ -261,8 +256,7 @@ def slopes(cell: Cell, colours: dict[str, Any]) -> Drawn:
         f"The losses and mean gradients of {first} and {second} at the same weights on the same "
         "batches, as the grid becomes finer. Differences are relative to the second; solid lines "
         "have the fitted slope, dotted ones the predicted. A difference that does not fall is one "
-        f"that no N removes. {BARS} "
-        + stands_on(cell, rows)), None
+        f"that no N removes. {BARS} {stands_on(cell, rows)}"), None
 
 
 def _slope(axes: Axes, rows: pd.DataFrame, quantity: str, slope: str, drawn: Look) -> None:
@@ -327,7 +321,7 @@ def ends(cell: Cell, colours: dict[str, Any]) -> Drawn:
         "has 0 at every t; at the smallest level it is 0 by construction and not drawn. The floor "
         "is the distance between the ends of two teachers' paths from the same start: nearer than "
         f"that to one of them is as near as teachers are to each other. {BARS} "
-        + stands_on(cell, rows)), None
+        f"{stands_on(cell, rows)}"), None
 
 
 def drift(cell: Cell, colours: dict[str, Any]) -> Drawn:
@@ -343,4 +337,4 @@ def drift(cell: Cell, colours: dict[str, Any]) -> Drawn:
         "consistency model of that path has 0. Along x + t z, the line that consistency training "
         "moves on, no function is constant for all x, so what is left there is no error. The "
         "number beside it in the table, the spread, is that of f about its mean along a path. "
-        + BARS + " " + stands_on(cell, rows)), None
+        f"{BARS} {stands_on(cell, rows)}"), None

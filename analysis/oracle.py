@@ -26,8 +26,7 @@ AXES = (("discretization", "grid points $N$"), ("score", "draws $K$ in the score
 
 def recipes_of(cell: Cell) -> dict[str, Any]:
     """The cell's recipes by name, of variants whose runs have another name too that one alone."""
-    names = tables.variants(cell)
-    return {n: r for n, r in cell.recipes.items() if n in names}
+    return {n: cell.recipes[n] for n in tables.variants(cell)}
 
 
 def place(factors: dict[str, Any], axis: str) -> float:
