@@ -61,15 +61,30 @@ def audit(study: Study) -> list[Mismatch]:
     Over a cell: the data of its seeds. Over the study: commit, device, torch, Python, and whether
     the checkout was clean.
     """
-    runs = study.runs[(study.runs.role == "variant") & (study.runs.outcome == "trained")
-                      & (study.runs.same_as == "") & (study.runs.objective != "fixed_point")]
-    factors = {(r["cell"], r["name"]): r["factors"] for r in study.recipes}
-    found: dict[tuple[str, str, str], list[int]] = {}
-    for (cell, seed), block in runs.groupby(["cell", "seed"], sort=False):
+    within = [m for cell in study.cells for m in _within(cell)]
+    data = [m for cell in study.cells for m in _data(cell)]
+    strays = [Mismatch("inputs", "", f"{folder}: its source is not the one it learned from: the "
+                       "source was trained again since.") for folder in study.strays]
+    files = [Mismatch("inputs", "", f"Runs began with different files called {name}: "
+                      + " against ".join(f"{digest[:8]} ({several(len(folders), 'run')})"
+                                         for digest, folders in digests.items()) + ".")
+             for name, digests in study.files.items() if len(digests) > 1]
+    halves = [Mismatch("halves", "", f"{folder}: two halves of one run, of different trainings: "
+                       f"{why}.") for folder, why in study.halves.items()]
+    seed_of = dict(zip(study.runs["id"], study.runs.seed, strict=True))
+    return within + data + strays + halves + files + _over_study(study.attempts, seed_of)
+
+
+def _within(cell: Cell) -> list[Mismatch]:
+    """What is unequal within a block, one for all seeds in which it is the same."""
+    runs = cell.runs[(cell.runs.role == "variant") & (cell.runs.outcome == "trained")
+                     & (cell.runs.same_as == "") & (cell.runs.objective != "fixed_point")]
+    found: dict[tuple[str, str], list[int]] = {}
+    for seed, block in runs.groupby("seed", sort=False):
         for column, label, alike in CHECKS:
             groups: dict[str, dict[Any, list[str]]] = {}
             for name, side, value in block[["name", "side", column]].itertuples(index=False):
-                f = factors[cell, name]
+                f = cell.recipes[name]["factors"]
                 random = kind_of(f, "init") == "random"
                 if value in ("", None) or value != value or (
                         column == "init_digest" and not random):
@@ -80,35 +95,22 @@ def audit(study: Study) -> list[Mismatch]:
             for parts in groups.values():
                 if len(parts) > 1:
                     text = f"{label} differ: {_parts(parts)}"
-                    found.setdefault((column, cell, text), []).append(seed)
-    within = [Mismatch(column, cell, f"{cell}, {listed('seed', seeds)}: {text}.")
-              for (column, cell, text), seeds in found.items()]
-    strays = [Mismatch("inputs", "", f"{folder}: its source is not the one it learned from: the "
-                       "source was trained again since.") for folder in study.strays]
-    files = [Mismatch("inputs", "", f"Runs began with different files called {name}: "
-                      + " against ".join(f"{digest[:8]} ({several(len(folders), 'run')})"
-                                         for digest, folders in digests.items()) + ".")
-             for name, digests in study.files.items() if len(digests) > 1]
-    halves = [Mismatch("halves", "", f"{folder}: two halves of one run, of different trainings: "
-                       f"{why}.") for folder, why in study.halves.items()]
-    seed_of = dict(zip(study.runs["id"], study.runs.seed, strict=True))
-    return (within + _data(study) + strays + halves + files
-            + _over_study(study.attempts, seed_of))
+                    found.setdefault((column, text), []).append(seed)
+    return [Mismatch(column, cell.name, f"{cell.name}, {listed('seed', seeds)}: {text}.")
+            for (column, text), seeds in found.items()]
 
 
-def _data(study: Study) -> list[Mismatch]:
-    """Cells in which the seeds do not all stand on the same data."""
-    runs, found = study.runs[study.runs.objective != "fixed_point"], []
-    for cell, rows in runs[runs.data_digest != ""].groupby("cell", sort=False):
-        seeds = rows.groupby("data_digest", sort=False)["seed"].agg(
-            lambda s: tuple(sorted(set(s))))
-        if len(set(seeds)) > 1:
-            each = "; ".join(f"{listed('seed', s)}: {digest[:8]}" for digest, s in seeds.items())
-            found.append(Mismatch("data", str(cell), f"{cell}: {listed('seed', rows.seed)} stand "
-                                  f"on different data (digests of {each}). Values on different "
-                                  "data are never pooled: each row and sentence says on which it "
-                                  "stands, a figure or contrast shows those that most runs have."))
-    return found
+def _data(cell: Cell) -> list[Mismatch]:
+    """Whether the seeds of a cell do not all stand on the same data."""
+    rows = cell.runs[(cell.runs.objective != "fixed_point") & (cell.runs.data_digest != "")]
+    seeds = rows.groupby("data_digest", sort=False)["seed"].agg(lambda s: tuple(sorted(set(s))))
+    if len(set(seeds)) <= 1:
+        return []
+    each = "; ".join(f"{listed('seed', s)}: {digest[:8]}" for digest, s in seeds.items())
+    return [Mismatch("data", cell.name, f"{cell.name}: {listed('seed', rows.seed)} stand on "
+                     f"different data (digests of {each}). Values on different data are never "
+                     "pooled: each row and sentence says on which it stands, a figure or contrast "
+                     "shows those that most runs have.")]
 
 
 def _parts(parts: dict[Any, list[str]]) -> str:
