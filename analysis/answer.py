@@ -8,7 +8,7 @@ import pandas as pd
 
 from analysis import stats, tables
 from analysis.identities import points, standing
-from analysis.load import Study
+from analysis.load import Cell, Study
 from analysis.words import ONE_NETWORK, change, interval, p_text
 from study.errors import several
 
@@ -19,21 +19,20 @@ def answers(study: Study, table: pd.DataFrame) -> list[str]:
     """The primary comparison in one sentence per cell, with its interval and number of seeds."""
     sentences = []
     for cell in study.cells:
-        where = f"In {cell}, " if len(study.cells) > 1 else ""
-        rows = table[(table.cell == cell) & (table.role == "primary")]
-        primary = study.primaries.get(cell)
-        if primary is None:
+        where = f"In {cell.name}, " * bool(cell.prefix)
+        rows = _rows(table, cell, "primary")
+        if not cell.primary:
             sentences.append(f"{where}no primary comparison is declared: nothing is tested.")
-        elif rows.empty:
-            sentences.append(f"{where}{primary['variant']} and {primary['against']} are the same "
-                             "run: there is nothing to compare.")
-        sentences += [where + told(study, row) for _, row in rows.iterrows()]
+        elif not rows:
+            sentences.append(f"{where}{cell.primary['variant']} and {cell.primary['against']} are "
+                             "the same run: there is nothing to compare.")
+        sentences += [where + told(cell, row) for row in rows]
     return [s[:1].upper() + s[1:] if s.startswith(("no ", "on ")) else s for s in sentences]
 
 
-def told(study: Study, row: pd.Series) -> str:
+def told(cell: Cell, row: pd.Series) -> str:
     """A comparison of the table in one sentence, led by what it stands on where that differs."""
-    fixed = {row.variant, row.baseline} & study.fixed(row.cell)
+    fixed = {row.variant, row.baseline} & cell.fixed
     return standing(row, "on {}, ") + sentence(row, bool(fixed))
 
 
@@ -109,11 +108,9 @@ def _unequal(row: pd.Series, fixed: bool) -> str:
 
 def named(study: Study, table: pd.DataFrame) -> list[str]:
     """One sentence for every comparison that the study names beside its primary."""
-    found = []
-    for row in _rows(table, "named"):
-        factors = f" They differ in {row.differs}." if ", " in row.differs else ""
-        found.append(study.prefix(row.cell) + told(study, row) + factors)
-    return found
+    return [cell.prefix + told(cell, row)
+            + f" They differ in {row.differs}." * (", " in row.differs)
+            for cell in study.cells for row in _rows(table, cell, "named")]
 
 
 def beside(study: Study, table: pd.DataFrame) -> list[str]:
@@ -123,16 +120,14 @@ def beside(study: Study, table: pd.DataFrame) -> list[str]:
     """
     found = []
     for cell in study.cells:
-        rows = table[table.cell == cell]
-        single = [r for r in _rows(rows, "secondary") if r.n > 0 and ", " not in r.differs]
+        single = [r for r in _rows(table, cell, "secondary") if r.n > 0 and ", " not in r.differs]
         floors = [r for r in single if r.differs == "data_stream"]
         others = [r for r in single if r.differs != "data_stream"]
-        many = len(single) + len(list(_rows(rows, "named"))) > BULLETS
-        where = study.prefix(cell)
-        found += [] if many else [where + told(study, r) for r in others]
-        found += [where + _floor(r) for r in floors]
+        many = len(single) + len(_rows(table, cell, "named")) > BULLETS
+        found += [] if many else [cell.prefix + told(cell, r) for r in others]
+        found += [cell.prefix + _floor(r) for r in floors]
         if many and others:
-            found.append(f"{where}{several(len(others), 'more comparison')} that "
+            found.append(f"{cell.prefix}{several(len(others), 'more comparison')} that "
                          f"{'differs' if len(others) == 1 else 'differ'} in one factor: see the "
                          "table under Comparisons.")
     return found
@@ -147,16 +142,17 @@ def _floor(row: pd.Series) -> str:
             f"noise and order, so their difference ({size}{seeds(row)}) is chance alone.")
 
 
-def _rows(table: pd.DataFrame, role: str) -> list[pd.Series]:
-    return [row for _, row in table[table.role == role].iterrows()]
+def _rows(table: pd.DataFrame, cell: Cell, role: str) -> list[pd.Series]:
+    return [row for _, row in table[(table.cell == cell.name) & (table.role == role)].iterrows()]
 
 
 def powers(study: Study, table: pd.DataFrame) -> list[str]:
     """What more seeds would show: the power of the primary comparison, from six seeds on. Beside
     one network they would show nothing."""
     texts = []
-    for _, row in table[(table.role == "primary") & (table.shared == "")].iterrows():
-        margin = float(study.primaries[row.cell]["margin"])
+    for cell, row in ((c, r) for c in study.cells for r in _rows(table, c, "primary")
+                      if not r.shared):
+        margin = float(cell.primary["margin"])
         needed = stats.seeds_needed(tables.effect_of(row), margin)
         size = change(margin, True) if stats.is_log(row.metric) else f"{margin:g}"
         if row.n and row.n < stats.VERDICT_FROM:
@@ -164,7 +160,7 @@ def powers(study: Study, table: pd.DataFrame) -> list[str]:
             texts.append(f"A verdict wants {stats.VERDICT_FROM} seeds or more; fewer show "
                          f"effects and their spread. {how}")
         elif needed:
-            texts.append(f"With the spread seen in {row.cell}, an effect as large as the margin "
+            texts.append(f"With the spread seen in {cell.name}, an effect as large as the margin "
                          f"({size}) would need {needed} seeds to be found with a chance of 80 %.")
     return list(dict.fromkeys(texts))
 

@@ -7,7 +7,7 @@ pictures are embedded, nothing is fetched.
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +36,7 @@ class Text:
 class Items:
     """A bulleted list."""
 
-    items: tuple[str, ...]
+    items: Sequence[str]
     kind: str = "items"
 
 
@@ -44,10 +44,10 @@ class Items:
 class Table:
     """A table with its caption; strong: indices of the rows to set in bold."""
 
-    header: tuple[str, ...]
-    rows: tuple[tuple[str | Link, ...], ...]
+    header: Sequence[str]
+    rows: Sequence[Sequence[str | Link]]
     caption: str = ""
-    strong: tuple[int, ...] = ()
+    strong: Collection[int] = ()
     kind: str = "table"
 
 
@@ -69,7 +69,7 @@ class Section:
     """A titled run of blocks."""
 
     title: str
-    blocks: tuple[Block, ...]
+    blocks: Sequence[Block]
 
 
 def markdown(title: str, sections: Sequence[Section]) -> str:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from analysis import shared, stats, tables, words
 from analysis.document import Block, Section, Table
 from analysis.identities import apart, standing, written
-from analysis.load import Study
+from analysis.load import Cell, Study
 from analysis.recipes import computed, differing, endless
 from study.errors import several
 
@@ -48,11 +48,10 @@ def contrasts(g: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
     return {name: g @ np.array(weights) for name, weights in WEIGHTS.items()}
 
 
-def corners(study: Study, cell: str) -> list[Corners]:
+def corners(cell: Cell) -> list[Corners]:
     """Every complete 2 x 2 of a cell."""
-    names = tables.variants(study, cell)
-    recipes = study.recipes_of(cell)
-    trained = [n for n in names if not computed(recipes[n]) and "score" not in
+    recipes = cell.recipes
+    trained = [n for n in tables.variants(cell) if not computed(recipes[n]) and "score" not in
                recipes[n]["ignored"]]
     found = []
     for first in trained:
@@ -83,23 +82,23 @@ def effects(study: Study) -> pd.DataFrame:
     """The contrasts of every 2 x 2 at its cell's endpoint: COLUMNS, a row each."""
     rows: list[dict[str, Any]] = []
     for cell in study.cells:
-        endpoint = tables.shown_endpoint(study, cell)
-        for square in corners(study, cell) if endpoint else ():
-            seeds, g, on = _blocks(study, cell, endpoint, square)
+        endpoint = tables.shown_endpoint(cell)
+        for square in corners(cell) if endpoint else ():
+            seeds, g, on = _blocks(cell, endpoint, square)
             log = stats.is_log(endpoint["metric"])
             for name, values in contrasts(g).items():
                 rows.append(endpoint | square._asdict() | stats.paired(values).columns(log) | {
-                    "cell": cell, "contrast": name, "stands_on": on,
+                    "cell": cell.name, "contrast": name, "stands_on": on,
                     "points": written(seeds, values)})
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def _blocks(study: Study, cell: str, endpoint: dict[str, Any], square: Corners
+def _blocks(cell: Cell, endpoint: dict[str, Any], square: Corners
             ) -> tuple[list[int], NDArray[np.float64], str]:
     """The seeds that all four corners have, their transformed values (seeds, 4), and what these
     stand on where there are others, which fewer seeds have."""
-    rows = tables.select(study.measures[study.measures.cell == cell], endpoint)
-    rows = study.lasting(rows[rows.name.isin(square)])
+    rows = tables.select(cell.measures, endpoint)
+    rows = cell.lasting(rows[rows.name.isin(square)])
     best: tuple[list[int], NDArray[np.float64], str] = ([], np.empty((0, 4)), "")
     on = apart(rows.identity)
     for what, group in rows.groupby("identity", sort=False):  # only equal identities are compared
@@ -116,7 +115,7 @@ def sentences(study: Study, frame: pd.DataFrame) -> list[str]:
     """One sentence for each contrast that has a block."""
     told = []
     for _, row in frame[frame.n > 0].iterrows():
-        where = study.prefix(row.cell) + standing(row, "on {}, ")
+        where = study.of(row.cell).prefix + standing(row, "on {}, ")
         log, name = stats.is_log(row.metric), tables.title(row.metric, row.nfe)
         by = words.change(row.effect, log)
         changes = {
@@ -147,13 +146,13 @@ def section(study: Study, frame: pd.DataFrame) -> list[Section]:
                      f"{row.teacher}, {row.noisy}; {row.exact}, {row.single}",
                      words.change(row.effect, log) if row.n else "–",
                      words.interval(row.low, row.high, log), str(row.n)))
-    notes = [f" {text}" for cell, rows in frame.groupby("cell", sort=False) if (
-        text := shared.owed(study, str(cell), np.unique(rows[list(COLUMNS[2:6])])))]
-    points = dict.fromkeys(tables.described(tables.shown_endpoint(study, c))
-                           for c in frame.cell.unique())
+    cells = [study.of(name) for name in frame.cell.unique()]
+    notes = [f" {text}" for cell in cells if (text := shared.owed(cell, np.unique(
+        frame[frame.cell == cell.name][list(Corners._fields)])))]
+    points = dict.fromkeys(tables.described(tables.shown_endpoint(cell)) for cell in cells)
     block: Block = Table(
         ("cell", "effect of", "teacher's mean, plain and noisy; exact mean, plain and noisy",
-         "effect", "95 % t interval", "seeds"), tuple(body),
+         "effect", "95 % t interval", "seeds"), body,
         f"{'; '.join(points)}. Paired contrasts per block over the seeds that all four corners "
         "have: the effect of the mean averaged over noise, that of the noise averaged over means, "
         "and the interaction, by how much the noise's effect is larger with the exact mean. "

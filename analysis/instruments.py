@@ -33,7 +33,7 @@ from analysis.levels import (
     stands_on,
     star_text,
 )
-from analysis.load import Study
+from analysis.load import Cell
 from analysis.style import (
     GREY,
     INK,
@@ -85,9 +85,9 @@ def _signal(axes: Axes, rows: pd.DataFrame, colours: dict[str, Any], styles: dic
     _over_t(axes, "Signal to noise, one image", "squared mean over variance")
 
 
-def noise(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
+def noise(cell: Cell, colours: dict[str, Any]) -> Drawn:
     """rho against t, as it is and in Adam's metric, and the signal-to-noise ratio."""
-    rows = rows_of(study, cell, "gradient_noise")
+    rows = rows_of(cell, "gradient_noise")
     shown = [(q, label) for q, label in SHARES if measured(rows, q)]
     if not shown:
         return None
@@ -102,20 +102,19 @@ def noise(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
     grid[0].set_ylabel("share of the gradient's variance")
     for axes in grid[len(shown):]:
         _signal(axes, rows, colours, {"snr": None})
-    mark(study, cell, grid)
+    mark(cell, grid)
     legend(figure, grid[:1], 4)
     return figure, (
         "rho is the share of the gradient's variance that comes from the estimate of the score: "
         "the part that another x with the same x_t changes; a score that is a function of x_t has "
         "0. Legend: its mean under the law of training, ± one standard error. In Adam's metric "
         "every coordinate is divided by the root of its second moment. "
-        f"{RATIO} {OWN} {BARS} "
-        + star_text(study, cell) + " " + stands_on(study, rows)), None
+        f"{RATIO} {OWN} {BARS} {star_text(cell)} {stands_on(cell, rows)}"), None
 
 
-def parts(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
+def parts(cell: Cell, colours: dict[str, Any]) -> Drawn:
     """The gradient's variance by origin, stacked as shares of the total, a panel per variant."""
-    rows = rows_of(study, cell, "gradient_noise")
+    rows = rows_of(cell, "gradient_noise")
     rows = rows[rows.over == "sigma"]
     known = [n for n in colours if measured(rows[rows.name == n], "total")]
     noisy = rows[rows.quantity.isin(["estimator", "dropout"]) & rows["value"].gt(0)]
@@ -136,7 +135,7 @@ def parts(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
         axes.set_title(name, fontsize=10, color=colours[name])
         axes.set_xlim(rows.level.min(), rows.level.max())
         axes.tick_params(labelbottom=True)
-    mark(study, cell, grid)
+    mark(cell, grid)
     for axes in grid[-columns:]:
         axes.set_xlabel(SIGMA)
     for axes in grid[::columns]:
@@ -147,13 +146,12 @@ def parts(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
         "total, means over seeds: black is rho. The parts are unbiased estimates; what comes out "
         "below 0 is drawn as 0. Their sizes stand in the table. "
         + f"Not drawn, all of theirs being that of the draw: {still}. " * bool(still)
-        + star_text(study, cell) + " "
-        + stands_on(study, rows)), None
+        + f"{star_text(cell)} {stands_on(cell, rows)}"), None
 
 
-def step(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
+def step(cell: Cell, colours: dict[str, Any]) -> Drawn:
     """How far f moves in one step, over the distance's c where it has one."""
-    rows = rows_of(study, cell, "gradient_noise")
+    rows = rows_of(cell, "gradient_noise")
     shown = [(q, label) for q, label in STEPS if measured(rows, q)]
     if not shown:
         return None
@@ -168,40 +166,38 @@ def step(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
         "How far one step of the loss goes: the norm |f(x_t, t) - f^-(x_r, r)| of a whole image, "
         "root mean square over images. Over c: well above the line at 1 the pseudo-Huber distance "
         "is a norm, whose gradient does not see how far, well below it a square. A variant "
-        f"without c has no line there. {BARS} "
-        + stands_on(study, rows)), None
+        f"without c has no line there. {BARS} {stands_on(cell, rows)}"), None
 
 
-def cosine(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
+def cosine(cell: Cell, colours: dict[str, Any]) -> Drawn:
     """Cosine of the mean gradients of two scores against t, and the signal-to-noise of each."""
-    rows = rows_of(study, cell, "gradient_cosine")
+    rows = rows_of(cell, "gradient_cosine")
     if not measured(rows, "cosine"):
         return None
     figure, grid = _row(1 + (measured(rows, "snr_score") or measured(rows, "snr_against")))
     grid[0].axhline(1, color=GREY, lw=1.2)
     lines(grid[0], rows, colours, {"cosine": "-"}, law="cosine", positive=False)
-    first, second = compared(study, rows)
+    first, second = compared(cell, rows)
     for axes in grid[1:]:
         _signal(axes, rows, colours, {"snr_score": "-", "snr_against": DASHED})
         _key(axes, first, second)
         axes.legend(fontsize=8)
     grid[0].set(xscale="log", xlabel=SIGMA, ylabel="cosine, noise removed")
     grid[0].set_title("Do the two scores push the same way?", fontsize=10)
-    mark(study, cell, grid)
+    mark(cell, grid)
     legend(figure, grid[:1], 4)
     return figure, (
         f"Cosine of the mean gradients that {first} and {second} give at the same weights on the "
         "same batches, noise removed, so that it may leave [-1, 1]. At 1 (line) they differ in "
         "noise and length alone. Where the signal to noise is small the cosine is not told. "
         f"Legend: under the law of training, ± one standard error. {OWN} {BARS} "
-        f"{star_text(study, cell)} "
-        + stands_on(study, rows)), None
+        f"{star_text(cell)} {stands_on(cell, rows)}"), None
 
 
-def rounding(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
+def rounding(cell: Cell, colours: dict[str, Any]) -> Drawn:
     """Errors of half precision against t: of the gradient, of the step it is made of, and beside
     the noise."""
-    rows = rows_of(study, cell, "gradient_rounding")
+    rows = rows_of(cell, "gradient_rounding")
     shown = [p for p in ROUNDING if any(measured(rows, quantity) for quantity in p[2])]
     if not shown:
         return None
@@ -219,26 +215,25 @@ def rounding(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
         "Legend: the error of one batch's gradient under the law of training, ± one standard "
         "error. Dashed: that of the mean gradient, noise removed; not drawn where noise leaves "
         "its square negative. At 1 (line) a step is all rounding, or rounding as large as the "
-        f"noise of the batch. {OWN} {BARS} "
-        + stands_on(study, rows)), None
+        f"noise of the batch. {OWN} {BARS} {stands_on(cell, rows)}"), None
 
 
-def compared(study: Study, rows: pd.DataFrame) -> tuple[str, str]:
+def compared(cell: Cell, rows: pd.DataFrame) -> tuple[str, str]:
     """The two scores of a cosine or of slopes, in words."""
-    asked = study.settings[rows["file"].iloc[0]]
+    asked = cell.study.settings[rows["file"].iloc[0]]
     return tuple(words.factor_text(asked.get(k) or {"kind": "single_sample"})
                  for k in ("score", "against"))
 
 
-def slopes(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
+def slopes(cell: Cell, colours: dict[str, Any]) -> Drawn:
     """Losses of two scores against N, and their relative differences with fitted slopes."""
-    rows = rows_of(study, cell, "gradient_slopes")
+    rows = rows_of(cell, "gradient_slopes")
     shown = [panel for panel in SLOPES if measured(rows, panel[0], "N")]
     losses = measured(rows, "loss_score", "N") or measured(rows, "loss_against", "N")
     if not shown and not losses:
         return None
     figure, grid = _row(len(shown) + losses, 4.0)
-    first, second = compared(study, rows)
+    first, second = compared(cell, rows)
     for axes in grid[:losses]:
         lines(axes, rows, colours, {"loss_score": "-", "loss_against": DASHED}, "N")
         _key(axes, first, second)
@@ -261,8 +256,7 @@ def slopes(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
         f"The losses and mean gradients of {first} and {second} at the same weights on the same "
         "batches, as the grid becomes finer. Differences are relative to the second; solid lines "
         "have the fitted slope, dotted ones the predicted. A difference that does not fall is one "
-        f"that no N removes. {BARS} "
-        + stands_on(study, rows)), None
+        f"that no N removes. {BARS} {stands_on(cell, rows)}"), None
 
 
 def _slope(axes: Axes, rows: pd.DataFrame, quantity: str, slope: str, drawn: Look) -> None:
@@ -314,9 +308,9 @@ def _paths(rows: pd.DataFrame, colours: dict[str, Any], shown: list[tuple[str, s
     return figure
 
 
-def ends(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
+def ends(cell: Cell, colours: dict[str, Any]) -> Drawn:
     """Distance of f to the end of the probability-flow ODE of each known score, against t."""
-    rows = rows_of(study, cell, "trajectories")
+    rows = rows_of(cell, "trajectories")
     shown = [(p, f"To the end of {PATHS[p]} path") for p in there(rows)]
     if not shown:
         return None
@@ -327,12 +321,12 @@ def ends(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
         "has 0 at every t; at the smallest level it is 0 by construction and not drawn. The floor "
         "is the distance between the ends of two teachers' paths from the same start: nearer than "
         f"that to one of them is as near as teachers are to each other. {BARS} "
-        + stands_on(study, rows)), None
+        f"{stands_on(cell, rows)}"), None
 
 
-def drift(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
+def drift(cell: Cell, colours: dict[str, Any]) -> Drawn:
     """How far f moves along the ODE's paths and along consistency training's straight line."""
-    rows = rows_of(study, cell, "trajectories")
+    rows = rows_of(cell, "trajectories")
     every = [*((f"drift_{p}", f"Along {PATHS[p]} path") for p in there(rows)),
              ("straight", "Along the straight line $x + t z$")]
     shown = [line for line in every if measured(rows, line[0])]
@@ -343,4 +337,4 @@ def drift(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
         "consistency model of that path has 0. Along x + t z, the line that consistency training "
         "moves on, no function is constant for all x, so what is left there is no error. The "
         "number beside it in the table, the spread, is that of f about its mean along a path. "
-        + BARS + " " + stands_on(study, rows)), None
+        f"{BARS} {stands_on(cell, rows)}"), None

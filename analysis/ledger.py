@@ -14,7 +14,8 @@ from typing import Any
 import pandas as pd
 
 from analysis import shared
-from analysis.load import Study
+from analysis.load import Cell, Study
+from analysis.recipes import kind_of
 from study.errors import listed, several
 
 # column, its name in a sentence, the factors that must be alike for it to have to be equal
@@ -60,28 +61,8 @@ def audit(study: Study) -> list[Mismatch]:
     Over a cell: the data of its seeds. Over the study: commit, device, torch, Python, and whether
     the checkout was clean.
     """
-    runs = study.runs[(study.runs.role == "variant") & (study.runs.outcome == "trained")
-                      & (study.runs.same_as == "") & (study.runs.objective != "fixed_point")]
-    factors = {(r["cell"], r["name"]): r["factors"] for r in study.recipes}
-    found: dict[tuple[str, str, str], list[int]] = {}
-    for (cell, seed), block in runs.groupby(["cell", "seed"], sort=False):
-        for column, label, alike in CHECKS:
-            groups: dict[str, dict[Any, list[str]]] = {}
-            for name, side, value in block[["name", "side", column]].itertuples(index=False):
-                f = factors[cell, name]
-                random = (f.get("init") or {}).get("kind") == "random"
-                if value in ("", None) or value != value or (
-                        column == "init_digest" and not random):
-                    continue
-                key = json.dumps([side if alike else "", *(f.get(k) for k in alike)],
-                                 sort_keys=True)
-                groups.setdefault(key, {}).setdefault(value, []).append(name)
-            for parts in groups.values():
-                if len(parts) > 1:
-                    text = f"{label} differ: {_parts(parts)}"
-                    found.setdefault((column, cell, text), []).append(seed)
-    within = [Mismatch(column, cell, f"{cell}, {listed('seed', seeds)}: {text}.")
-              for (column, cell, text), seeds in found.items()]
+    within = [m for cell in study.cells for m in _within(cell)]
+    data = [m for cell in study.cells for m in _data(cell)]
     strays = [Mismatch("inputs", "", f"{folder}: its source is not the one it learned from: the "
                        "source was trained again since.") for folder in study.strays]
     files = [Mismatch("inputs", "", f"Runs began with different files called {name}: "
@@ -91,23 +72,45 @@ def audit(study: Study) -> list[Mismatch]:
     halves = [Mismatch("halves", "", f"{folder}: two halves of one run, of different trainings: "
                        f"{why}.") for folder, why in study.halves.items()]
     seed_of = dict(zip(study.runs["id"], study.runs.seed, strict=True))
-    return (within + _data(study) + strays + halves + files
-            + _over_study(study.attempts, seed_of))
+    return within + data + strays + halves + files + _over_study(study.attempts, seed_of)
 
 
-def _data(study: Study) -> list[Mismatch]:
-    """Cells in which the seeds do not all stand on the same data."""
-    runs, found = study.runs[study.runs.objective != "fixed_point"], []
-    for cell, rows in runs[runs.data_digest != ""].groupby("cell", sort=False):
-        seeds = rows.groupby("data_digest", sort=False)["seed"].agg(
-            lambda s: tuple(sorted(set(s))))
-        if len(set(seeds)) > 1:
-            each = "; ".join(f"{listed('seed', s)}: {digest[:8]}" for digest, s in seeds.items())
-            found.append(Mismatch("data", str(cell), f"{cell}: {listed('seed', rows.seed)} stand "
-                                  f"on different data (digests of {each}). Values on different "
-                                  "data are never pooled: each row and sentence says on which it "
-                                  "stands, a figure or contrast shows those that most runs have."))
-    return found
+def _within(cell: Cell) -> list[Mismatch]:
+    """What is unequal within a block, one for all seeds in which it is the same."""
+    runs = cell.runs[(cell.runs.role == "variant") & (cell.runs.outcome == "trained")
+                     & (cell.runs.same_as == "") & (cell.runs.objective != "fixed_point")]
+    found: dict[tuple[str, str], list[int]] = {}
+    for seed, block in runs.groupby("seed", sort=False):
+        for column, label, alike in CHECKS:
+            groups: dict[str, dict[Any, list[str]]] = {}
+            for name, side, value in block[["name", "side", column]].itertuples(index=False):
+                f = cell.recipes[name]["factors"]
+                random = kind_of(f, "init") == "random"
+                if value in ("", None) or value != value or (
+                        column == "init_digest" and not random):
+                    continue
+                key = json.dumps([side if alike else "", *(f.get(k) for k in alike)],
+                                 sort_keys=True)
+                groups.setdefault(key, {}).setdefault(value, []).append(name)
+            for parts in groups.values():
+                if len(parts) > 1:
+                    text = f"{label} differ: {_parts(parts)}"
+                    found.setdefault((column, text), []).append(seed)
+    return [Mismatch(column, cell.name, f"{cell.name}, {listed('seed', seeds)}: {text}.")
+            for (column, text), seeds in found.items()]
+
+
+def _data(cell: Cell) -> list[Mismatch]:
+    """Whether the seeds of a cell do not all stand on the same data."""
+    rows = cell.runs[(cell.runs.objective != "fixed_point") & (cell.runs.data_digest != "")]
+    seeds = rows.groupby("data_digest", sort=False)["seed"].agg(lambda s: tuple(sorted(set(s))))
+    if len(set(seeds)) <= 1:
+        return []
+    each = "; ".join(f"{listed('seed', s)}: {digest[:8]}" for digest, s in seeds.items())
+    return [Mismatch("data", cell.name, f"{cell.name}: {listed('seed', rows.seed)} stand on "
+                     f"different data (digests of {each}). Values on different data are never "
+                     "pooled: each row and sentence says on which it stands, a figure or contrast "
+                     "shows those that most runs have.")]
 
 
 def _parts(parts: dict[Any, list[str]]) -> str:
@@ -150,13 +153,12 @@ def _values(starts: pd.DataFrame, column: str) -> pd.Series:
     return values.str[:12] if column == "commit" else values
 
 
-def standing(study: Study, mismatches: Iterable[Mismatch], cell: str,
-             ids: Iterable[str] | None) -> str:
+def standing(cell: Cell, mismatches: Iterable[Mismatch], ids: Iterable[str] | None) -> str:
     """What a caption owes its reader: how many planned runs it stands on and what network these
     share over seeds (neither if ids is None), and what is unequal, uncommitted changes left out:
     these stand under the answer.
     """
-    rows = study.runs[(study.runs.cell == cell) & (study.runs.role == "variant")]
+    rows = cell.runs[cell.runs.role == "variant"]
     fixed = rows[rows.objective == "fixed_point"]["id"]
     if ids is not None and not fixed.isin(ids := list(ids)).any():
         rows = rows[rows.objective != "fixed_point"]
@@ -164,10 +166,10 @@ def standing(study: Study, mismatches: Iterable[Mismatch], cell: str,
     diverged = rows[rows.outcome == "diverged"]["id"].nunique()
     text = ""
     if ids is not None:
-        text = f"Stands on {len(planned & set(ids))} of {len(planned)} planned runs of {cell}"
+        text = f"Stands on {len(planned & set(ids))} of {len(planned)} planned runs of {cell.name}"
         text += f" ({diverged} diverged and left out)." if diverged else "."
         names = rows[rows["id"].isin(set(ids)) & (rows.same_as == "")]["name"]
-        text = f"{text} {shared.owed(study, cell, names)}".rstrip()
-    shown = [m.sentence for m in mismatches if m.cell in ("", cell) and m.what != "dirty"]
+        text = f"{text} {shared.owed(cell, names)}".rstrip()
+    shown = [m.sentence for m in mismatches if m.cell in ("", cell.name) and m.what != "dirty"]
     more = f" And {len(shown) - 3} more in the ledger audit." if len(shown) > 3 else ""
     return text + (f" It stands on a mismatch: {' '.join(shown[:3])}{more}" if shown else "")

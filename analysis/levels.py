@@ -17,36 +17,36 @@ from matplotlib.axes import Axes
 
 from analysis import shared, tables
 from analysis.identities import apart
-from analysis.load import Study
+from analysis.load import Cell, Study
 from analysis.style import GREY, STAR, Look, look
 
 SIGMA = r"noise level $t$"
 OWN = ("Probes are taken at each variant's own weights, so that variants differ in where they are "
        "measured too. The law's values are not the mean of the levels': mean gradients of "
        "different levels can cancel, and the law's variance holds the spread between levels.")
+ROUNDS = 0.1  # of a batch's noise: what is rounded in the same way in every batch adds up
 RATIO = "rho is a ratio of unbiased estimates and can leave [0, 1] by chance."
 ERROR = "± one standard error (the larger of the measurement's own and that over seeds)"
 BARS = ("Means over seeds; bars are one standard error (the larger of the measurement's own and "
         "that over seeds), bands go from the smallest to the largest seed.")
 
 
-def rows_of(study: Study, cell: str, kind: str, last: bool = True) -> pd.DataFrame:
+def rows_of(cell: Cell, kind: str, last: bool = True) -> pd.DataFrame:
     """The values of one kind that a cell's variants have, those of diverged runs left out; last:
     at the last point only. Of several averages of the weights the first, of several settings those
     that most files have."""
-    rows = study.instruments
-    rows = study.lasting(rows[(rows.kind == kind) & (rows.cell == cell)
-                              & rows.name.isin(tables.variants(study, cell))])
+    rows = cell.instruments
+    rows = cell.lasting(rows[(rows.kind == kind) & rows.name.isin(tables.variants(cell))])
     rows = rows[rows.ema.isin(rows.ema.iloc[:1])]
     if last and len(rows):
         rows = rows[rows["at"] == rows["at"].max()]
     return rows[rows.identity.isin(rows.identity.mode().iloc[:1])]
 
 
-def planned(study: Study, cell: str, kind: str) -> bool:
+def planned(cell: Cell, kind: str) -> bool:
     """Whether a cell's study asks for a measurement of this kind."""
-    return any(frame[frame.cell == cell].file.str.contains(f"-{kind}-", regex=False).any()
-               for frame in (study.missing, study.measures))
+    return any(frame.file.str.contains(f"-{kind}-", regex=False).any()
+               for frame in (cell.missing, cell.measures))
 
 
 def lacking(study: Study, kind: str) -> bool:
@@ -65,23 +65,22 @@ def points(study: Study) -> set[float]:
     return {round(float(p), 3) for p in (*study.measures["at"], *later)}
 
 
-def stands_on(study: Study, rows: pd.DataFrame) -> str:
-    """How many of the files asked for a figure or table of these rows, of one cell and kind,
-    stands on, and at which points."""
-    cell, kind, points = rows.cell.iloc[0], rows.kind.iloc[0], rows["at"].unique()
-    lacking = study.missing[(study.missing.cell == cell)
-                            & study.missing.file.str.contains(f"-{kind}-", regex=False)]
+def stands_on(cell: Cell, rows: pd.DataFrame) -> str:
+    """How many of the files asked for a figure or table of these rows, of one kind, stands
+    on, and at which points."""
+    kind, points = rows.kind.iloc[0], rows["at"].unique()
+    lacking = cell.missing[cell.missing.file.str.contains(f"-{kind}-", regex=False)]
     at = lacking.file.str.split("-").str[0].astype(float).round(3)
     lacking = lacking[at.isin(np.round(points, 3))].drop_duplicates(["id", "file"])
     measured, why = rows["file"].nunique(), lacking.why.value_counts()
     text = f"Stands on {measured} of {measured + len(lacking)} planned files"
     text += f" ({', '.join(f'{n} {w}' for w, n in why.items())})" if len(why) else ""
-    every = study.instruments[(study.instruments.cell == cell) & (study.instruments.kind == kind)]
+    every = cell.instruments[cell.instruments.kind == kind]
     told = (apart(every.identity)[w] for w in rows.identity.unique())
     data = dict.fromkeys(p for t in told for p in t.split(", ") if p.startswith("data "))
     text += f", on {' and '.join(data)} alone" * bool(data)
     text += f", at {', '.join(f'{100 * p:g} %' for p in sorted(points))} of the budget. "
-    return (text + shared.owed(study, cell, rows.name)).rstrip()
+    return (text + shared.owed(cell, rows.name)).rstrip()
 
 
 def over_seeds(rows: pd.DataFrame, by: str = "level") -> pd.DataFrame:
@@ -124,6 +123,17 @@ def single(rows: pd.DataFrame, quantity: str, over: str = "run") -> dict[str, fl
     return one(rows[(rows.quantity == quantity) & (rows.over == over)])
 
 
+def rounded(cell: Cell) -> str:
+    """Of which variants half precision changes a batch's gradient by a tenth of its noise or more,
+    under the law of training: their comparisons may be of rounding; "" where there are none."""
+    rows = rows_of(cell, "gradient_rounding")
+    found = {str(n): single(rows[rows.name == n], "error_over_noise", "law")["mean"]
+             for n in dict.fromkeys(rows.name)}
+    told = ", ".join(f"{n} {plain(x, 2)}" for n, x in found.items() if x >= ROUNDS)
+    return told and ("half precision rounds much of a batch's gradient in units of the batch's "
+                     f"noise: {told}. Comparisons of these may be of rounding: see Half precision.")
+
+
 def measured(rows: pd.DataFrame, quantity: str, over: str = "sigma") -> bool:
     """Whether a quantity has values over levels."""
     return len(curve(rows, quantity, over)) > 0
@@ -160,23 +170,23 @@ def lines(axes: Axes, rows: pd.DataFrame, colours: dict[str, Any], styles: dict[
             label = None
 
 
-def t_star(study: Study, cell: str) -> float:
+def t_star(cell: Cell) -> float:
     """t* of the cell's data, from its score errors; nan if unknown or if data are endless."""
-    return float(study.score_errors[study.score_errors.cell == cell]["t_star"].mean())
+    return float(cell.score_errors["t_star"].mean())
 
 
-def mark(study: Study, cell: str, grid: Iterable[Axes]) -> None:
+def mark(cell: Cell, grid: Iterable[Axes]) -> None:
     """The line at t* in each panel, if it lies within the levels drawn."""
-    star = t_star(study, cell)
+    star = t_star(cell)
     for axes in grid:
         low, high = axes.get_xlim()
         if low < star < high:
             axes.axvline(star, color=GREY, lw=1.2, ls="-.", label=STAR)
 
 
-def star_text(study: Study, cell: str) -> str:
+def star_text(cell: Cell) -> str:
     """What t* says about any variance below it."""
-    rows, star = study.score_errors[study.score_errors.cell == cell], t_star(study, cell)
+    rows, star = cell.score_errors, t_star(cell)
     if rows.empty:
         return "t* of these data is not known here: no score error is measured."
     if star != star:

@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,41 +23,33 @@ import pandas as pd
 
 from analysis.files import AXES, SCHEMA, SPEND, Plan, Record, Trained
 from analysis.pictures import picture
-from analysis.recipes import computed
-from analysis.records import (
-    INSTRUMENT_COLUMNS,
-    MAP_COLUMNS,
-    MEASURE_COLUMNS,
-    SCORE_COLUMNS,
-    number,
-    renamed,
-    spread,
-)
+from analysis.recipes import computed, kind_of
+from analysis.records import COLUMNS, number, renamed, spread
 from study.bounded import content, decoded, inside
 from study.errors import StudyError, nearest
 from study.halves import foreign, mixed
 
-RUN_COLUMNS = ("name", "role", "cell", "seed", "id", "folder", "same_as", "state", "outcome",
-               "reason", *SPEND, "charged_images", "images_total",
-               *(f"{k}_with_sources" for k in SPEND), "planned_images", "side", "objective",
-               "parameters", "sigma_data", "data_digest", "init_digest", "stream_digest")
-ATTEMPT_COLUMNS = ("id", "code", "commit", "dirty", "device", "torch", "python", "host")
+FRAMES = COLUMNS | {
+    "runs": ("name", "role", "cell", "seed", "id", "folder", "same_as", "state", "outcome",
+             "reason", *SPEND, "charged_images", "images_total",
+             *(f"{k}_with_sources" for k in SPEND), "planned_images", "side", "objective",
+             "parameters", "sigma_data", "data_digest", "init_digest", "stream_digest"),
+    "attempts": ("id", "code", "commit", "dirty", "device", "torch", "python", "host"),
+    "missing": ("name", "cell", "seed", "id", "file", "why")}
 NO_SNAPSHOT, NOT_YET = "no snapshot: not measured", "not measured yet"
 UNREADABLE = "cannot be read"
 UNTOLD = "no trained.json that can be read tells what it is of"
-MISSING_COLUMNS = ("name", "cell", "seed", "id", "file", "why")
 
 
 @dataclass(frozen=True)
 class Study:
     """A study as found on disk: the plan (study.json) and what its run folders hold.
 
-    runs, measures, score_errors, map_errors, instruments: frames with the columns named above and
-    in analysis.records, in the order of the study file. settings: of each instrument's file, runs
-    by name. missing: measurements asked for and not there. problems: one sentence per file that
-    could not be used. A run's state is pending, unfinished (to measure, or running or interrupted,
-    which the files cannot tell apart), failed, or done; a diverged run is done, with outcome
-    "diverged".
+    The frames have the columns of FRAMES, in the order of the study file. settings: of each
+    instrument's file, runs by name. missing: measurements asked for and not there. problems: one
+    sentence per file that could not be used. A run's state is pending, unfinished (to measure, or
+    running or interrupted, which the files cannot tell apart), failed, or done; a diverged run is
+    done, with outcome "diverged".
     """
 
     folder: Path
@@ -65,7 +58,7 @@ class Study:
     primaries: dict[str, dict[str, Any]]  # by cell; a cell without one has no entry
     compare: tuple[tuple[str, str], ...]  # (variant, baseline): named beside the primary
     seeds: tuple[int, ...]
-    cells: tuple[str, ...]
+    cell_names: tuple[str, ...]
     recipes: tuple[dict[str, Any], ...]
     runs: pd.DataFrame
     measures: pd.DataFrame
@@ -80,17 +73,35 @@ class Study:
     halves: dict[str, str]  # what is of another training than trained.json, by folder
     files: dict[str, dict[str, list[str]]]  # folders by file of first weights and its SHA-256
 
-    def prefix(self, cell: str) -> str:
-        """What a sentence about one cell begins with: its name, where there are several."""
-        return f"{cell}: " if len(self.cells) > 1 else ""
+    @cached_property
+    def cells(self) -> tuple[Cell, ...]:
+        """The study cell by cell, in the order of the study file."""
+        return tuple(Cell(self, name) for name in self.cell_names)
 
-    def recipes_of(self, cell: str) -> dict[str, dict[str, Any]]:
-        """A cell's recipes by name, in the order of the study file."""
-        return {r["name"]: r for r in self.recipes if r["cell"] == cell}
+    def of(self, name: str) -> Cell:
+        """The cell of this name."""
+        return self.cells[self.cell_names.index(name)]
 
-    def fixed(self, cell: str) -> set[str]:
-        """The names of a cell's fixed points."""
-        return {n for n, r in self.recipes_of(cell).items() if computed(r)}
+
+class Cell:
+    """What a study holds of one cell, with its recipes by name in the order of the study file.
+
+    primary: {} without one. fixed: the names of fixed points. prefix: what a sentence about the
+    cell begins with, its name where there are several.
+    """
+
+    def __init__(self, study: Study, name: str) -> None:
+        def own(frame: pd.DataFrame) -> pd.DataFrame:
+            return frame[frame.cell == name]
+
+        self.study, self.name = study, name
+        self.prefix = f"{name}: " if len(study.cell_names) > 1 else ""
+        self.primary = study.primaries.get(name, {})
+        self.recipes = {r["name"]: r for r in study.recipes if r["cell"] == name}
+        self.fixed = {n for n, r in self.recipes.items() if computed(r)}
+        self.runs, self.missing = own(study.runs), own(study.missing)
+        self.measures, self.instruments = own(study.measures), own(study.instruments)
+        self.score_errors, self.map_errors = own(study.score_errors), own(study.map_errors)
 
     def lasting(self, rows: pd.DataFrame) -> pd.DataFrame:
         """The rows of runs that did not diverge."""
@@ -119,11 +130,6 @@ def find(name: str, results: Path = Path("results")) -> Path:
                      f"study.json; {nearest(Path(name).stem, known(results))}")
 
 
-def _from_file(recipe: dict[str, Any]) -> bool:
-    """Whether a recipe's first weights are those of a file, whose cost no run folder tells."""
-    return (recipe["factors"].get("init") or {}).get("kind") == "weights"
-
-
 def load(folder: Path) -> Study:
     """Everything that a study folder holds. Raises StudyError if study.json cannot be read."""
     plan = _plan(folder / "study.json")
@@ -137,8 +143,7 @@ def load(folder: Path) -> Study:
     spends = {i: _spend(run, recipe_of[i]) for i, run in found.items()}
     below = {e["id"]: {*e["refs"], *e["charged"]} for e in plan["runs"]}
     sources = {i: _closure(i, below) for i in below}
-    rows: dict[str, list[tuple]] = {k: [] for k in ("run", "measure", "score", "map", "instrument",
-                                                    "missing")}
+    rows: dict[str, list[tuple]] = {k: [] for k in FRAMES}
     first: dict[tuple[str, str], str] = {}
     for entry in plan["runs"]:
         recipe, run = plan["recipes"][entry["recipe"]], found[entry["id"]]
@@ -146,17 +151,18 @@ def load(folder: Path) -> Study:
         charged = math.fsum(spends.get(i, {}).get("images", math.nan) for i in entry["charged"])
         own, below_it = spends[entry["id"]], sorted(sources[entry["id"]])
         billed = [own, *(spends.get(i, {}) for i in below_it)]
-        if any(_from_file(recipe_of[i]) for i in (entry["id"], *below_it) if i in recipe_of):
-            billed.append({})  # what made the weights of a file is not known
+        if any(kind_of(recipe_of[i]["factors"], "init") == "weights"
+               for i in (entry["id"], *below_it) if i in recipe_of):
+            billed.append({})  # what made the weights of a file no run folder tells
         where = (recipe["name"], recipe["cell"], entry["seed"], entry["id"])
-        rows["run"].append((
+        rows["runs"].append((
             recipe["name"], recipe["role"], recipe["cell"], entry["seed"], entry["id"],
             f"runs/{entry['folder']}", "" if same_as == recipe["name"] else same_as, run.state,
             run.trained.get("outcome", ""), run.reason, *own.values(), charged,
             own["images"] + charged,
             *(math.fsum(s.get(k, math.nan) for s in billed) for k in SPEND),
             number(recipe["factors"].get("budget", {}).get("images")), run.side,
-            (recipe["factors"].get("objective") or {}).get("kind", ""),
+            kind_of(recipe["factors"], "objective"),
             *(number(run.trained.get(k)) for k in ("parameters", "sigma_data")),
             *(run.trained.get(k) or "" for k in ("data_digest", "init_digest",
                                                  "stream_digest"))))
@@ -169,23 +175,16 @@ def load(folder: Path) -> Study:
         rows["missing"] += [(*where, file, why) for file, why in run.missing.items()
                             if not (computed(recipe) and why == NO_SNAPSHOT)]
     strays, files = _begun(plan, found)
-    attempts = [(i, *(start.get(k) for k in ATTEMPT_COLUMNS[1:]))
-                for i, run in found.items() for start in run.starts]
+    rows["attempts"] = [(i, *(start.get(k) for k in FRAMES["attempts"][1:]))
+                        for i, run in found.items() for start in run.starts]
     return Study(
         folder=folder, name=plan["name"], question=plan["question"],
         primaries={c: p for c, p in (plan["primary"] or {}).items() if p},
         compare=tuple((a, b) for a, b in plan.get("compare", ())),
-        seeds=tuple(plan["seeds"]), cells=tuple(plan["cells"]),
+        seeds=tuple(plan["seeds"]), cell_names=tuple(plan["cells"]),
         recipes=tuple(plan["recipes"]),
-        runs=pd.DataFrame(rows["run"], columns=list(RUN_COLUMNS)),
-        measures=pd.DataFrame(rows["measure"], columns=list(MEASURE_COLUMNS)),
-        score_errors=pd.DataFrame(rows["score"], columns=list(SCORE_COLUMNS)),
-        map_errors=pd.DataFrame(rows["map"], columns=list(MAP_COLUMNS)),
-        instruments=pd.DataFrame(rows["instrument"], columns=list(INSTRUMENT_COLUMNS)),
-        settings=settings,
-        attempts=pd.DataFrame(attempts, columns=list(ATTEMPT_COLUMNS)),
-        missing=pd.DataFrame(rows["missing"], columns=list(MISSING_COLUMNS)),
-        problems=tuple(problems), strays=tuple(strays), files=files,
+        **{k: pd.DataFrame(rows[k], columns=list(FRAMES[k])) for k in FRAMES},
+        settings=settings, problems=tuple(problems), strays=tuple(strays), files=files,
         halves={e["folder"]: found[e["id"]].mixed for e in plan["runs"] if found[e["id"]].mixed})
 
 

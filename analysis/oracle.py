@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from analysis import tables, words
 from analysis.document import Block, Table
 from analysis.levels import rows_of, single, stands_on
-from analysis.load import Study
-from analysis.recipes import computed, counterparts, end
+from analysis.load import Cell
+from analysis.recipes import computed, counterparts, end, kind_of
 from analysis.style import GREY, MARKERS, Drawn, plain_log
 
 METRICS = (("w2", "Wasserstein-2 distance,\nunits of the data"),
@@ -24,10 +24,9 @@ AXES = (("discretization", "grid points $N$"), ("score", "draws $K$ in the score
         ("distance", "$c_0$ of the distance"))
 
 
-def recipes_of(study: Study, cell: str) -> dict[str, Any]:
+def recipes_of(cell: Cell) -> dict[str, Any]:
     """The cell's recipes by name, of variants whose runs have another name too that one alone."""
-    names = tables.variants(study, cell)
-    return {n: r for n, r in study.recipes_of(cell).items() if n in names}
+    return {n: cell.recipes[n] for n in tables.variants(cell)}
 
 
 def place(factors: dict[str, Any], axis: str) -> float:
@@ -57,8 +56,7 @@ def series(recipes: dict[str, Any], axis: str) -> list[list[str]]:
 
 def method(factors: dict[str, Any], axis: str = "") -> str:
     """A fixed point in a few words, without what an axis says."""
-    score = factors.get("score") or {}
-    exact = score.get("kind") == "analytic"
+    exact = kind_of(factors, "score") == "analytic"
     steps = place(factors, "discretization")
     solver, distance = (words.factor_text(factors.get(k)) for k in ("solver", "distance"))
     parts = ["CD" if exact else "CT", solver if exact else "",
@@ -72,9 +70,9 @@ def _value(rows: pd.DataFrame, name: str, quantity: str) -> dict[str, float]:
     return single(rows[rows.name == name], quantity)
 
 
-def bias(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
+def bias(cell: Cell, colours: dict[str, Any]) -> Drawn:
     """Bias of fixed points against N, K and the distance, trained runs beside them."""
-    recipes, rows = recipes_of(study, cell), rows_of(study, cell, "pushforward")
+    recipes, rows = recipes_of(cell), rows_of(cell, "pushforward")
     recipes = {n: r for n, r in recipes.items() if (rows.name == n).any()}
     columns = [(axis, label, series(recipes, axis)) for axis, label in AXES]
     columns = [c for c in columns if c[2]]
@@ -116,7 +114,7 @@ def bias(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
         "a mean square (at the right). Open points are trained networks of the same factors, from "
         "the smallest to the largest seed: a point on its line has no training error left. "
         "Dotted: a fall like the root of N or K, which the noise of CT's steps gives. What is 0 "
-        "is not drawn. " + stands_on(study, rows)), None
+        "is not drawn. " + stands_on(cell, rows)), None
 
 
 def _position(recipes: dict[str, Any], axis: str, name: str) -> float:
@@ -168,14 +166,14 @@ def _guide(axes: Axes) -> None:
                   label="slope $-1/2$", zorder=1)
 
 
-def blocks(study: Study, cell: str) -> list[Block]:
+def blocks(cell: Cell) -> list[Block]:
     """The table of fixed points, and that of trained variants beside theirs."""
-    recipes, rows = recipes_of(study, cell), rows_of(study, cell, "pushforward")
+    recipes, rows = recipes_of(cell), rows_of(cell, "pushforward")
     fixed = [n for n, r in recipes.items() if computed(r) and (rows.name == n).any()]
     body = []
     for name in fixed:
         f = recipes[name]["factors"]
-        exact = (f.get("score") or {}).get("kind") == "analytic"
+        exact = kind_of(f, "score") == "analytic"
         masses = rows[(rows.name == name) & (rows.quantity == "masses")]
         shares = masses.groupby("level")["value"].mean()
         body.append((name, "CD" if exact else "CT", f"{place(f, 'discretization'):g}",
@@ -190,11 +188,12 @@ def blocks(study: Study, cell: str) -> list[Block]:
         true = weights.groupby("level")["value"].mean()
         found.append(Table(
             ("fixed point", "method", "N", "K", "distance", "solver", "W2", "between modes",
-             "mass by mode"), tuple(body),
-            f"{cell}: fixed points, without training error. W2 is the Wasserstein-2 distance of "
-            "the prior sent through f to the data, in their units; K the posterior draws averaged "
-            "in the score." + (f" The data's masses are {' / '.join(f'{v:.3f}' for v in true)}."
-                               if 0 < len(true) <= 4 else "")))
+             "mass by mode"), body,
+            f"{cell.name}: fixed points, without training error. W2 is the Wasserstein-2 distance "
+            "of the prior sent through f to the data, in their units; K the posterior draws "
+            "averaged in the score."
+            + (f" The data's masses are {' / '.join(f'{v:.3f}' for v in true)}."
+               if 0 < len(true) <= 4 else "")))
     beside = [(n, e) for n, e in counterparts(recipes).items()
               if e in fixed and _value(rows, n, "w2")["n"]]
     if beside:
@@ -210,9 +209,9 @@ def blocks(study: Study, cell: str) -> list[Block]:
             body.append((name, fixed_name, *cells, f"{_value(rows, name, 'w2')['n']:.0f}"))
         found.append(Table(
             ("trained", "its fixed point", "W2 trained", "W2 fixed point", "difference",
-             "between trained", "between fixed point", "difference", "seeds"), tuple(body),
-            f"{cell}: trained networks beside the fixed points of the same data, score, solver, "
-            "grid and distance: means over seeds (smallest to largest). A fixed point is "
+             "between trained", "between fixed point", "difference", "seeds"), body,
+            f"{cell.name}: trained networks beside the fixed points of the same data, score, "
+            "solver, grid and distance: means over seeds (smallest to largest). A fixed point is "
             "computed: what is left, the difference, is the network's own error. It costs no "
             "images, so the two are not matched."))
     return found

@@ -23,7 +23,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocat
 from analysis import instruments, oracle, probes, shared, stats, tables, words
 from analysis.files import REPORTED, WITH_FLOOR
 from analysis.identities import apart, points
-from analysis.load import Study
+from analysis.load import Cell, Study
 from analysis.style import GREY, PALE, STYLE, Drawn, capital, look, palette, panels, save
 
 WIDE_TICKS = (-93.75, -87.5, -75, -50, 0, 100, 300, 700, 1500)  # percent: powers of two
@@ -37,7 +37,7 @@ class Picture:
 
     file: str
     caption: str
-    cell: str
+    cell: Cell
     ids: list[str] | None
 
 
@@ -57,10 +57,10 @@ def draw_all(study: Study, table: pd.DataFrame, folder: Path) -> dict[str, list[
                            ("trajectories", instruments.ends), ("drift", instruments.drift),
                            ("fixed_points", oracle.bias), ("samples", probes.samples)):
             with matplotlib.rc_context(STYLE):
-                drawn = draw(study, cell, colours)
+                drawn = draw(cell, colours)
                 if drawn:
                     figure, caption, ids = drawn
-                    file = f"{name}-{cell}.png"
+                    file = f"{name}-{cell.name}.png"
                     save(figure, folder / file)
                     found.setdefault(name, []).append(
                         Picture(file, caption, cell, ids))
@@ -71,11 +71,11 @@ def preview(study: Study, table: pd.DataFrame, path: Path) -> None:
     """One wide picture of the first cell that has comparisons: effects, curve, samples."""
     colours = palette(study)
     for cell in study.cells:
-        rows, endpoint = shown(study, table, cell), tables.shown_endpoint(study, cell)
-        if endpoint is None or not rows["n"].any():
+        rows, endpoint = shown(table, cell)
+        if not rows["n"].any():
             continue
         with matplotlib.rc_context(STYLE):
-            files = probes.sample_files(study, cell)
+            files = probes.sample_files(cell)
             tall = [5.4, *([2.9 * probes.strip_shape(len(files))[0]] if files else [])]
             figure = Figure(figsize=(14, sum(tall)), layout="constrained")
             top, *below = figure.subfigures(len(tall), 1, squeeze=False, height_ratios=tall)[:, 0]
@@ -83,7 +83,7 @@ def preview(study: Study, table: pd.DataFrame, path: Path) -> None:
             forest(left, rows.head(12), colours, endpoint["metric"])
             left.set_title(f"Effects on {tables.title(endpoint['metric'], endpoint['nfe'])}",
                            x=-0.3)
-            curve(right, study, cell, endpoint, colours)
+            curve(right, cell, endpoint, colours)
             right.legend(fontsize=9, ncols=4 if len(colours) > 6 else 6, loc="upper center",
                          bbox_to_anchor=(0.5, -0.11), columnspacing=1.2, handlelength=1.6)
             right.set_title(f"{capital(tables.title(endpoint['metric'], endpoint['nfe']))}"
@@ -94,11 +94,11 @@ def preview(study: Study, table: pd.DataFrame, path: Path) -> None:
         return
 
 
-def shown(study: Study, table: pd.DataFrame, cell: str) -> pd.DataFrame:
-    """The comparisons of a cell at the endpoint that its table shows."""
-    endpoint = tables.shown_endpoint(study, cell)
-    rows = table[table["cell"] == cell]
-    return tables.select(rows, endpoint) if endpoint else rows.iloc[:0]
+def shown(table: pd.DataFrame, cell: Cell) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The comparisons of a cell at the endpoint that its table shows, and that endpoint; none and
+    {} where it shows none."""
+    rows, endpoint = table[table["cell"] == cell.name], tables.shown_endpoint(cell)
+    return (tables.select(rows, endpoint), endpoint) if endpoint else (rows.iloc[:0], {})
 
 
 # --- effects -------------------------------------------------------------------------------------
@@ -150,15 +150,15 @@ def forest(axes: Axes, rows: pd.DataFrame, colours: dict[str, Any], metric: str,
     axes.set_xlabel(what + r"   (better $\leftarrow$ 0 $\rightarrow$ worse)")
 
 
-def _effects(table: pd.DataFrame, study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
-    rows, endpoint = shown(study, table, cell), tables.shown_endpoint(study, cell)
+def _effects(table: pd.DataFrame, cell: Cell, colours: dict[str, Any]) -> Drawn:
+    rows, endpoint = shown(table, cell)
     rows = rows[rows["n"] > 0].head(DRAWN)
-    if endpoint is None or rows.empty:
+    if rows.empty:
         return None
     figure = Figure(figsize=(9, 1.3 + 0.46 * len(rows)))
     forest(figure.subplots(), rows, colours, endpoint["metric"],
-           float(study.primaries.get(cell, {}).get("margin", 0)))
-    ids = tables.select(study.measures[study.measures.cell == cell], endpoint)["id"]
+           float(cell.primary.get("margin", 0)))
+    ids = tables.select(cell.measures, endpoint)["id"]
     return figure, ("Diamonds are mean paired differences, small dots single seeds, thick bars "
                     "95 % Student-t intervals (n - 1 degrees of freedom), thin lines 95 % "
                     "intervals from the pooled block + variant residual; a bar that leaves the "
@@ -169,14 +169,13 @@ def _effects(table: pd.DataFrame, study: Study, cell: str, colours: dict[str, An
 # --- metric against budget -----------------------------------------------------------------------
 
 
-def curve(axes: Axes, study: Study, cell: str, endpoint: dict[str, Any], colours: dict[str, Any]
+def curve(axes: Axes, cell: Cell, endpoint: dict[str, Any], colours: dict[str, Any]
           ) -> list[str]:
     """Metric against own + charged images; returns the ids of the runs drawn."""
-    fixed = study.fixed(cell)
-    names = [n for n in tables.variants(study, cell) if n not in fixed]
+    names = [n for n in tables.variants(cell) if n not in cell.fixed]
     where = {k: v for k, v in endpoint.items() if k != "at"}
-    rows = tables.select(study.measures[study.measures.cell == cell], where)
-    rows = study.lasting(rows[rows.name.isin(names) & rows["value"].notna()
+    rows = tables.select(cell.measures, where)
+    rows = cell.lasting(rows[rows.name.isin(names) & rows["value"].notna()
                               & rows.images_total.notna()])
     if rows.empty:
         return []
@@ -185,7 +184,7 @@ def curve(axes: Axes, study: Study, cell: str, endpoint: dict[str, Any], colours
         axes.annotate(f"on {on} alone", (0.01, 0.98), xycoords="axes fraction", va="top",
                       fontsize=8, color=GREY)
     rows = rows[rows.identity == what]
-    log, one = stats.is_log(endpoint["metric"]), shared.networks(study, cell)
+    log, one = stats.is_log(endpoint["metric"]), shared.networks(cell)
     back = partial(stats.restore, endpoint["metric"])
     lines: dict[str, list[tuple[float, ...]]] = {n: [] for n in names}
     for _, group in rows.groupby("at"):
@@ -234,15 +233,14 @@ def curve(axes: Axes, study: Study, cell: str, endpoint: dict[str, Any], colours
     return list(rows["id"])
 
 
-def _curves(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
-    main = tables.shown_endpoint(study, cell)
+def _curves(cell: Cell, colours: dict[str, Any]) -> Drawn:
+    main = tables.shown_endpoint(cell)
     if main is None:
         return None
-    rows = study.measures[(study.measures.cell == cell) & (study.measures.role == "variant")
-                          & study.measures.ema.isin([main["ema"], ""])
-                          & ~study.measures.metric.isin(REPORTED)]
+    rows = cell.measures
+    rows = rows[(rows.role == "variant") & ~rows.name.isin(cell.fixed)
+                & rows.ema.isin([main["ema"], ""]) & ~rows.metric.isin(REPORTED)]
     rows = rows[rows.reference.isin([main["reference"], ""]) | (main["reference"] == "")]
-    rows = rows[~rows.name.isin(study.fixed(cell))]
     keys = rows.groupby(["metric", "nfe", "ema", "reference"], sort=False, dropna=False)
     ends = [dict(zip(keys.keys, key, strict=True)) for key, g in keys if g["at"].nunique() > 1]
     if not ends:
@@ -250,7 +248,7 @@ def _curves(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
     columns = min(len(ends), 2)
     (figure, grid), ids = panels(len(ends), columns, 4.9 * columns + 0.4, 3.7), []
     for axes, end in zip(grid, ends, strict=True):
-        ids += curve(axes, study, cell, end, colours)
+        ids += curve(axes, cell, end, colours)
         axes.set_title(capital(tables.title(end["metric"], end["nfe"])))
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper")
@@ -260,4 +258,4 @@ def _curves(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
                     "95 % level. They need three seeds. Charged "
                     "images are those of sources counted against the variant's own budget; a "
                     "dashed curve ends at another sum and is not matched. "
-                    + words.seen(study, rows)).rstrip(), ids
+                    + words.seen(cell, rows)).rstrip(), ids

@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.figure import Figure, SubFigure
 
 from analysis import tables, words
-from analysis.load import Study
+from analysis.load import Cell
 from analysis.pictures import picture
 from analysis.recipes import endless
 from analysis.records import renamed
@@ -31,17 +31,17 @@ SCORE_PANELS = (("variance", "variance of the estimate given $x_t$"),
 SMALLEST = 1e-6  # of the largest value in a panel: what lies below is rounding
 
 
-def score(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
+def score(cell: Cell, colours: dict[str, Any]) -> Drawn:
     """Variance and error of each score's estimate against sigma, one panel per quantity.
 
     A score is measured once, in the folder of one run; its curve is labelled with the score and
     all variants that use it.
     """
-    rows = study.score_errors[study.score_errors.cell == cell]
+    rows = cell.score_errors
     shown = [(k, label) for k, label in SCORE_PANELS if rows[k].notna().any()]
     if not shown:
         return None
-    groups = _by_score(study, cell, rows, list(colours))
+    groups = _by_score(cell, list(colours))
     columns = len(shown) if len(shown) < 5 else 3
     figure, grid = panels(len(shown), columns, 3.7 * columns + 0.6, 3.3, 0.8, sharex=True)
     posterior = rows.groupby("sigma")["posterior_variance"].mean()
@@ -93,7 +93,7 @@ def score(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
                "units, by sigma^4 for score units. Not drawn: what lies within two standard "
                "errors of 0, or below a millionth of the largest.")
     if hidden:
-        known = [endless(r) for r in study.recipes if r["cell"] == cell and r["role"] == "variant"]
+        known = [endless(r) for r in cell.recipes.values() if r["role"] == "variant"]
         means = ("single-sample and the analytic estimate are both the population's posterior"
                  if all(known) else
                  "single-sample and the empirical estimate are both the empirical posterior")
@@ -111,39 +111,35 @@ def score(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
     if rows.effective_samples.notna().any():
         caption += (" The effective number of images, 1 / sum of squared posterior weights, is "
                     "the median over points: 1 (line) is a single image.")
-    lacking = study.missing[(study.missing.cell == cell)
-                            & study.missing.file.str.contains("-score_error-")]["file"].nunique()
+    lacking = cell.missing[cell.missing.file.str.contains("-score_error-")]["file"].nunique()
     measured = rows["file"].nunique()
     return figure, (f"{caption} Stands on {measured} of {measured + lacking} distinct "
                     "scores."), None
 
 
-def _by_score(study: Study, cell: str, rows: pd.DataFrame, names: list[str]
-              ) -> list[tuple[str, list[str], pd.DataFrame]]:
+def _by_score(cell: Cell, names: list[str]) -> list[tuple[str, list[str], pd.DataFrame]]:
     """(the score in words, the variants that use it, its rows) per score, in file order."""
-    name_of = dict(zip(study.runs["id"][::-1], study.runs["name"][::-1], strict=True))
-    first = {n: name_of[i] for n, i in study.runs.loc[study.runs.cell == cell, ["name", "id"]]
-             .itertuples(index=False)}
+    name_of = dict(zip(cell.runs["id"][::-1], cell.runs["name"][::-1], strict=True))
+    first = {n: name_of[i] for n, i in zip(cell.runs["name"], cell.runs["id"], strict=True)}
 
     def text(given: dict[str, Any], run_names: dict[str, str]) -> str:
         return words.factor_text(renamed(given, run_names))
 
     sharing: dict[str, list[str]] = {}
-    for r in study.recipes:
-        if r["cell"] == cell and r["name"] in names and "score" not in r["ignored"]:
-            sharing.setdefault(text(r["factors"].get("score", {}), first), []).append(r["name"])
+    for name, recipe in cell.recipes.items():
+        if name in names and "score" not in recipe["ignored"]:
+            sharing.setdefault(text(recipe["factors"].get("score", {}), first), []).append(name)
     found: dict[str, list[pd.DataFrame]] = {}
-    for given, group in rows.groupby("score", sort=False):
+    for given, group in cell.score_errors.groupby("score", sort=False):
         found.setdefault(text(json.loads(str(given)), name_of), []).append(group)
     order = [*sharing, *(t for t in found if t not in sharing)]
     return [(t, sharing.get(t, []), pd.concat(found[t])) for t in order if t in found]
 
 
-def map_error(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
+def map_error(cell: Cell, colours: dict[str, Any]) -> Drawn:
     """Distance of each variant to the exact consistency map against sigma."""
-    rows = study.map_errors[(study.map_errors.cell == cell)
-                            & study.map_errors.name.isin(tables.variants(study, cell))]
-    rows = study.lasting(rows[rows["at"] == rows["at"].max()])
+    rows = cell.map_errors[cell.map_errors.name.isin(tables.variants(cell))]
+    rows = cell.lasting(rows[rows["at"] == rows["at"].max()])
     rows = rows[rows.ema.isin(rows.ema.iloc[:1])]
     if rows.empty:
         return None
@@ -165,13 +161,13 @@ def map_error(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
                     "largest seed."), list(rows["id"])
 
 
-def sample_files(study: Study, cell: str) -> list[tuple[str, str, Path]]:
+def sample_files(cell: Cell) -> list[tuple[str, str, Path]]:
     """(name, id, file) of the samples of one seed, the one for which most variants have them."""
-    runs = study.runs[(study.runs.cell == cell) & (study.runs.role == "variant")
-                      & study.runs.name.isin(tables.variants(study, cell))]
+    runs = cell.runs[(cell.runs.role == "variant")
+                     & cell.runs.name.isin(tables.variants(cell))]
     best: list[tuple[str, str, Path]] = []
     for _, block in runs.groupby("seed", sort=False):
-        files = [(r.name, r.id, study.folder / r.folder / "samples.png")
+        files = [(r.name, r.id, cell.study.folder / r.folder / "samples.png")
                  for r in block[["name", "id", "folder"]].itertuples(index=False)]
         files = [f for f in files if _picture(f[2]) is not None]
         best = files if len(files) > len(best) else best
@@ -203,14 +199,14 @@ def strip(figure: Figure | SubFigure, files: list[tuple[str, str, Path]],
         axes.set_title(name, fontsize=11, color=colours[name], loc="center")
 
 
-def samples(study: Study, cell: str, colours: dict[str, Any]) -> Drawn:
+def samples(cell: Cell, colours: dict[str, Any]) -> Drawn:
     """The strip of samples of one seed."""
-    files = sample_files(study, cell)
+    files = sample_files(cell)
     if not files:
         return None
     rows, columns = strip_shape(len(files))
     figure = Figure(figsize=(2.6 * columns, 2.9 * rows), layout="constrained")
     strip(figure, files, colours)
-    seed = study.runs.loc[study.runs["id"] == files[0][1], "seed"].iloc[0]
+    seed = cell.runs.loc[cell.runs["id"] == files[0][1], "seed"].iloc[0]
     return figure, (f"Samples of seed {seed}, every variant from the same fixed noise. "
                     "A picture of single runs, not evidence."), [f[1] for f in files]

@@ -19,9 +19,14 @@ AMOUNT = EngFormatter(sep="")  # 64k
 DECIDE = ("data", "score", "solver", "discretization", "distance", "sigma")  # where a method ends
 
 
+def kind_of(factors: dict[str, Any], name: str) -> str:
+    """The kind of a factor; "" of one that is null or not there."""
+    return (factors.get(name) or {}).get("kind", "")
+
+
 def computed(recipe: dict[str, Any]) -> bool:
     """Whether a recipe is a fixed point."""
-    return (recipe["factors"].get("objective") or {}).get("kind") == "fixed_point"
+    return kind_of(recipe["factors"], "objective") == "fixed_point"
 
 
 def endless(recipe: dict[str, Any]) -> bool:
@@ -76,14 +81,14 @@ def counterparts(recipes: dict[str, Any]) -> dict[str, str]:
     own = {n: r for n, r in recipes.items() if r["role"] == "variant"}
     ends = {end(r["factors"]): n for n, r in reversed(own.items()) if computed(r)}
     trained = [n for n, r in own.items() if not computed(r)
-               and (r["factors"].get("objective") or {}).get("kind") == "consistency"
-               and (r["factors"].get("target") or {}).get("kind") != "frozen"]
+               and kind_of(r["factors"], "objective") == "consistency"
+               and kind_of(r["factors"], "target") != "frozen"]
     return {n: ends[end(own[n]["factors"])] for n in trained if end(own[n]["factors"]) in ends}
 
 
 def end(factors: dict[str, Any], without: str = "") -> str:
     """The factors that decide where a method ends, but for one of them, as text. With a score that
     has no noise every distance ends at the same."""
-    exact = (factors.get("score") or {}).get("kind") == "analytic"
+    exact = kind_of(factors, "score") == "analytic"
     keys = [k for k in DECIDE if k != without and not (exact and k == "distance")]
     return json.dumps({k: factors.get(k) for k in keys}, sort_keys=True)

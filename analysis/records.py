@@ -15,15 +15,16 @@ from typing import Any
 
 from analysis.files import AXES, BESIDE, PER_SIGMA, SCALARS
 
-MEASURE_COLUMNS = ("name", "role", "cell", "seed", "id", "at", "images", "images_total",
-                   "images_with_sources", "metric", "nfe", "ema", "reference", "value", "floor",
-                   "draws", "draws_sd", "identity", "file")
-SCORE_COLUMNS = ("name", "cell", "seed", "id", "at", "score", "sigma", *PER_SIGMA, "known",
-                 "dimension", "t_star", "identity", "file")
-MAP_COLUMNS = ("name", "cell", "seed", "id", "at", "ema", "sigma", "rms", "identity", "file")
+COLUMNS = {
+    "measures": ("name", "role", "cell", "seed", "id", "at", "images", "images_total",
+                 "images_with_sources", "metric", "nfe", "ema", "reference", "value", "floor",
+                 "draws", "draws_sd", "identity", "file"),
+    "score_errors": ("name", "cell", "seed", "id", "at", "score", "sigma", *PER_SIGMA, "known",
+                     "dimension", "t_star", "identity", "file"),
+    "map_errors": ("name", "cell", "seed", "id", "at", "ema", "sigma", "rms", "identity", "file"),
+    "instruments": ("kind", "name", "role", "cell", "seed", "id", "at", "nfe", "ema", "over",
+                    "level", "quantity", "value", "se", "identity", "file")}
 LARGEST = 1e100  # a square of it is still a number
-INSTRUMENT_COLUMNS = ("kind", "name", "role", "cell", "seed", "id", "at", "nfe", "ema", "over",
-                      "level", "quantity", "value", "se", "identity", "file")
 
 
 def number(value: object) -> float:
@@ -79,7 +80,7 @@ def spread(rows: dict[str, list[tuple]], where: tuple, role: str, extra: tuple[f
     for metric, key in SCALARS.get(kind, {kind: "value"}).items():
         if metric == "class_tv" and key not in record:  # the extractor knows no classes
             continue
-        rows["measure"].append((
+        rows["measures"].append((
             name, role, cell, seed, run, at, images, *(images + x for x in extra), metric,
             nfe, ema, str(settings.get("reference") or ""),
             number(record.get(key)), number(record.get("floor")), len(draws), sd, what, file))
@@ -89,14 +90,14 @@ def spread(rows: dict[str, list[tuple]], where: tuple, role: str, extra: tuple[f
         tail = (bool(record.get("known")), number(record.get("dimension")),
                 number(record.get("t_star")), what, file)
         score = json.dumps(record["settings"].get("score"), sort_keys=True)
-        rows["score"] += [(*where, at, score, *values, *tail)
-                          for values in zip(sigmas, *columns, strict=False)]
+        rows["score_errors"] += [(*where, at, score, *values, *tail)
+                                 for values in zip(sigmas, *columns, strict=False)]
     if kind == "map_error":
-        rows["map"] += [(*where, at, ema, sigma, rms, what, file) for sigma, rms
-                        in zip(sigmas, numbers(record.get("rms")), strict=False)]
+        rows["map_errors"] += [(*where, at, ema, sigma, rms, what, file) for sigma, rms
+                               in zip(sigmas, numbers(record.get("rms")), strict=False)]
     if kind in AXES:
-        rows["instrument"] += [(kind, name, role, cell, seed, run, at, nfe, ema, *values, what,
-                                file) for values in _long(AXES[kind], record)]
+        rows["instruments"] += [(kind, name, role, cell, seed, run, at, nfe, ema, *values, what,
+                                 file) for values in _long(AXES[kind], record)]
 
 
 def _long(axis: str, record: dict[str, Any]) -> Iterator[tuple[str, float, str, float, float]]:

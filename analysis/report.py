@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: the root, not analysis/, comes first
@@ -21,8 +22,8 @@ from analysis import answer, factorial, ledger, load, plots, sections, stats, ta
 from analysis.document import Block, Figure, Items, Link, Section, Table, Text, html, markdown
 from analysis.files import WITH_FLOOR
 from analysis.identities import standing
-from analysis.levels import lacking, points, yet
-from analysis.load import Study
+from analysis.levels import lacking, points, rounded, yet
+from analysis.load import Cell, Study
 from analysis.shared import owed
 from analysis.style import capital
 from study.bounded import check_entries
@@ -34,6 +35,10 @@ LISTED = 20  # entries of a list before it says "and N more"
 ALT = {"effects": "effects with intervals", "curves": "metric against budget",
        "score_error": "score error against sigma", "map_error": "map error against sigma",
        "samples": "samples of every variant", **sections.ALT}
+TRACED = ("Every number here is computed from measures.csv, whose last column names the file in "
+          "the study folder that a value was read from. The run folder around it holds run.json "
+          "(what was trained), trained.json (what it cost) and attempts.jsonl (where it ran). "
+          "comparisons.csv lists the per-seed differences of every effect in its column points.")
 
 
 def build(folder: Path) -> Path:
@@ -58,29 +63,36 @@ def build(folder: Path) -> Path:
     plots.preview(study, table, out / "preview.png")
 
     def figures(kind: str) -> list[Block]:
-        return [Figure(p.file, f"{ALT[kind]}, {p.cell}",
-                       f"{p.caption} {ledger.standing(study, mismatches, p.cell, p.ids)}".strip())
+        return [Figure(p.file, f"{ALT[kind]}, {p.cell.name}",
+                       f"{p.caption} {ledger.standing(p.cell, mismatches, p.ids)}".strip())
                 for p in pictures.get(kind, [])] or [Text(f"No data{yet(study)}: {ALT[kind]}.")]
+
+    def there(kind: str) -> list[Block]:
+        return figures(kind) if kind in pictures else []
+
+    def each(made: Callable[..., list[Block]], *given: object) -> list[Block]:
+        return [block for cell in study.cells for block in made(cell, *given)]
 
     sigma = [b for kind in ("score_error", "map_error")
              if kind in pictures or lacking(study, kind) for b in figures(kind)]
     one = "curves" not in pictures and len(points(study)) == 1
     curves = [Text("No curve: measured at one point of the budget.")] if one else figures("curves")
     parts = [
-        Section("Question", (Text(study.question or "(none stated)", "question"),)),
-        Section("Answer", tuple(Text(t, "answer") for t in answer.answers(study, table))
-                + tuple(_beside(study, table, frames["mean_and_noise"], mismatches))),
-        Section("Variants", tuple(_variants(study))),
-        Section("Completeness", tuple(_completeness(study))),
-        Section("Comparisons", (*_comparisons(study, table, mismatches), *figures("effects"))),
+        Section("Question", [Text(study.question or "(none stated)", "question")]),
+        Section("Answer", [*(Text(t, "answer") for t in answer.answers(study, table)),
+                           *_beside(study, table, frames["mean_and_noise"], mismatches)]),
+        Section("Variants", each(_variants)),
+        Section("Completeness", _completeness(study)),
+        Section("Comparisons", [*each(_comparisons, table, mismatches), Text(words.GLOSSARY),
+                                *_described(table), *figures("effects")]),
         *factorial.section(study, frames["mean_and_noise"]),
-        Section("Metric against budget", (*_values(study, mismatches), *curves)),
-        *([Section("Score error against sigma", tuple(sigma))] if sigma else []),
-        *sections.sections(study, lambda kind: figures(kind) if kind in pictures else []),
-        Section("Samples", tuple(figures("samples"))),
-        Section("Ledger audit", tuple(_audit(study, mismatches))),
-        Section("Provenance", tuple(_provenance(study))),
-        Section("From a number to its run", tuple(_trace(study)))]
+        Section("Metric against budget", [*each(_values, mismatches), *curves]),
+        *([Section("Score error against sigma", sigma)] if sigma else []),
+        *sections.sections(study, there),
+        Section("Samples", figures("samples")),
+        Section("Ledger audit", _audit(study, mismatches)),
+        Section("Provenance", _provenance(study)),
+        Section("From a number to its run", [Text(TRACED), *each(_trace)])]
     title = f"Study {study.name}"
     (out / "report.md").write_text(markdown(title, parts), encoding="utf-8")
     (out / "report.html").write_text(html(title, parts, out), encoding="utf-8")
@@ -95,20 +107,18 @@ def _beside(study: Study, table: pd.DataFrame, squares: pd.DataFrame,
     """
     items = (*answer.named(study, table), *factorial.sentences(study, squares),
              *answer.beside(study, table))
-    common = [(c, owed(study, c, tables.variants(study, c))) for c in study.cells]
-    lines = [*answer.powers(study, table), *(study.prefix(c) + text for c, text in common if text),
+    lines = [*answer.powers(study, table),
+             *(c.prefix + text for c in study.cells if (text := owed(c, tables.variants(c)))),
+             *(c.prefix + capital(text) for c in study.cells if (text := rounded(c))),
              *(m.sentence for m in mismatches if m.what in ledger.ANSWERED)]
     return [*([Items(items)] if items else []), *(Text(t) for t in lines)]
 
 
-def _variants(study: Study) -> list[Block]:
-    blocks: list[Block] = []
-    for cell in study.cells:
-        rows, shared = words.recipes(study, cell)
-        blocks.append(Table(("variant", "how it is trained", "images"), tuple(rows),
-                            f"{cell}. Named are a variant's own factors; all else is as most "
-                            f"variants have it: {shared}."))
-    return blocks
+def _variants(cell: Cell) -> list[Block]:
+    rows, shared = words.recipes(cell)
+    return [Table(("variant", "how it is trained", "images"), rows,
+                  f"{cell.name}. Named are a variant's own factors; all else is as most variants "
+                  f"have it: {shared}.")]
 
 
 def _completeness(study: Study) -> list[Block]:
@@ -131,7 +141,7 @@ def _completeness(study: Study) -> list[Block]:
     blocks: list[Block] = [
         Text(f"{several(len(runs), 'run')} planned: {detail}. Unfinished means running, "
              "interrupted or to measure."),
-        Table(tuple(header[k] for k in keep), tuple(tuple(row[k] for k in keep) for row in rows),
+        Table([header[k] for k in keep], [[row[k] for k in keep] for row in rows],
               "Names that mean the same run share its folder and are counted once."
               if study.runs.same_as.any() else "")]
     bad = runs[(runs["state"] == "failed") | (runs.outcome == "diverged")]
@@ -141,89 +151,79 @@ def _completeness(study: Study) -> list[Block]:
     return blocks
 
 
-def _comparisons(study: Study, table: pd.DataFrame, mismatches: list[ledger.Mismatch]
+def _comparisons(cell: Cell, table: pd.DataFrame, mismatches: list[ledger.Mismatch]
                  ) -> list[Block]:
-    blocks: list[Block] = []
-    for cell in study.cells:
-        rows, endpoint = plots.shown(study, table, cell), tables.shown_endpoint(study, cell)
-        if endpoint is None or rows.empty:
-            blocks.append(Text(f"{cell}: nothing to compare{yet(study)}."))
-            continue
-        log = stats.is_log(endpoint["metric"])
-        verdicts = bool((rows.n >= stats.VERDICT_FROM).any())
-        header = ["compared", "differs in", "effect", "95 % interval", "95 % pooled", "seeds",
-                  *(["Holm p", "sign-flip p", "verdict"] if verdicts else []),
-                  "images equal", "with sources"]
-        body = [(f"{r.variant} − {r.baseline}" + standing(r, ", on {}"),
-                 r.differs, words.change(r.effect, log) if r.n else "–",
-                 words.interval(r.low, r.high, log),
-                 words.interval(r.low_pooled, r.high_pooled, log),
-                 f"{r.n}/{r.planned}" + (f", {r.diverged} diverged" if r.diverged else ""),
-                 *((words.p_text(r.p_holm), words.p_text(r.sign_flip_p), r.verdict.split(":")[0])
-                   if verdicts else ()), r.matched, r.matched_with_sources)
-                for _, r in rows.iterrows()]
-        measured = tables.select(study.measures[study.measures.cell == cell], endpoint)
-        caption = [f"{cell}: {tables.described(endpoint)}. Effects above 0 mean worse than the "
-                   "baseline" + ("; percent of a ratio of geometric means." if log else "."),
-                   *([] if verdicts else ["Screening: effects and intervals, no verdicts."]),
-                   ledger.standing(study, mismatches, cell, measured["id"])]
-        if rows.shared.any():
-            caption.append(f"No verdict on a side that is {words.ONE_NETWORK}.")
-        if endpoint["reference"] == "held_out":
-            caption.append(words.seen(study, measured))
-        if verdicts:
-            caption.append("Verdicts are on the claim that A, of A − B, is worse. Refuted: the "
-                           "claim that A is worse is refuted: the 95 % upper bound lies below the "
-                           "margin. Holm's adjustment over all but the primary guards "
-                           '"supported" only.')
-        if rows[["variant", "baseline"]].isin(study.fixed(cell)).any(axis=None):
-            caption.append("Against a fixed point, which is computed without training, what is "
-                           "left is the network's own error.")
-        if (rows.equal_variances_p < 0.05).any():
-            caption.append("The variants' residual variances differ (Brown-Forsythe p < .05): do "
-                           "not trust the pooled intervals.")
-        whats = [w for w in rows.identity.unique() if w]
-        if len(whats) > 1:
-            caption.append("Values of unlike identity stand in rows of their own: "
-                           + "; ".join(whats) + ".")
-        blocks.append(Table(tuple(header), tuple(body), " ".join(filter(None, caption)),
-                            tuple(i for i, r in enumerate(rows.role) if r == "primary")))
-    blocks.append(Text(words.GLOSSARY))
+    rows, endpoint = plots.shown(table, cell)
+    if rows.empty:
+        return [Text(f"{cell.name}: nothing to compare{yet(cell.study)}.")]
+    log = stats.is_log(endpoint["metric"])
+    verdicts = bool((rows.n >= stats.VERDICT_FROM).any())
+    header = ["compared", "differs in", "effect", "95 % interval", "95 % pooled", "seeds",
+              *(["Holm p", "sign-flip p", "verdict"] if verdicts else []),
+              "images equal", "with sources"]
+    body = [(f"{r.variant} − {r.baseline}" + standing(r, ", on {}"), r.differs,
+             words.change(r.effect, log) if r.n else "–", words.interval(r.low, r.high, log),
+             words.interval(r.low_pooled, r.high_pooled, log),
+             f"{r.n}/{r.planned}" + (f", {r.diverged} diverged" if r.diverged else ""),
+             *((words.p_text(r.p_holm), words.p_text(r.sign_flip_p), r.verdict.split(":")[0])
+               if verdicts else ()), r.matched, r.matched_with_sources)
+            for _, r in rows.iterrows()]
+    measured = tables.select(cell.measures, endpoint)
+    caption = [f"{cell.name}: {tables.described(endpoint)}. Effects above 0 mean worse than the "
+               "baseline" + ("; percent of a ratio of geometric means." if log else "."),
+               *([] if verdicts else ["Screening: effects and intervals, no verdicts."]),
+               ledger.standing(cell, mismatches, measured["id"])]
+    if rows.shared.any():
+        caption.append(f"No verdict on a side that is {words.ONE_NETWORK}.")
+    if endpoint["reference"] == "held_out":
+        caption.append(words.seen(cell, measured))
+    if verdicts:
+        caption.append("Verdicts are on the claim that A, of A − B, is worse. Refuted: the claim "
+                       "that A is worse is refuted: the 95 % upper bound lies below the margin. "
+                       "Holm's adjustment over all but the primary guards \"supported\" only.")
+    if rows[["variant", "baseline"]].isin(cell.fixed).any(axis=None):
+        caption.append("Against a fixed point, which is computed without training, what is "
+                       "left is the network's own error.")
+    if (rows.equal_variances_p < 0.05).any():
+        caption.append("The variants' residual variances differ (Brown-Forsythe p < .05): do "
+                       "not trust the pooled intervals.")
+    whats = [w for w in rows.identity.unique() if w]
+    if len(whats) > 1:
+        caption.append("Values of unlike identity stand in rows of their own: "
+                       + "; ".join(whats) + ".")
+    return [Table(header, body, " ".join(filter(None, caption)),
+                  [i for i, r in enumerate(rows.role) if r == "primary"])]
+
+
+def _described(table: pd.DataFrame) -> list[Block]:
     rest = int((table.role == "descriptive").sum())
-    if rest:
-        blocks.append(Text("Described in comparisons.csv and not tested: "
-                           f"{several(rest, 'more comparison')}, "
-                           "at other points, numbers of evaluations and metrics."))
+    return [Text(
+        f"Described in comparisons.csv and not tested: {several(rest, 'more comparison')}, "
+        "at other points, numbers of evaluations and metrics.")] if rest else []
+
+
+def _values(cell: Cell, mismatches: list[ledger.Mismatch]) -> list[Block]:
+    rows, sources = (cell.measures[cell.measures.role == role] for role in ("variant", "source"))
+    standing = ledger.standing(cell, mismatches, rows["id"])
+    frame, blocks = tables.summary(cell, "variant"), []
+    if len(frame):
+        blocks.append(_value_table(cell, frame, "variants", standing, words.seen(cell, rows)))
+    frame = tables.summary(cell, "source")  # teachers and twins are measured unlike
+    for _, part in frame.groupby(frame.notna().apply(tuple, axis=1) if len(frame) else []):
+        part = part.dropna(axis=1, how="all")
+        blocks.append(_value_table(cell, part, "sources", owed(cell, part.index),
+                                   words.seen(cell, sources)))
     return blocks
 
 
-def _values(study: Study, mismatches: list[ledger.Mismatch]) -> list[Block]:
-    blocks: list[Block] = []
-    for cell in study.cells:
-        every = study.measures[study.measures.cell == cell]
-        rows, sources = (every[every.role == role] for role in ("variant", "source"))
-        standing = ledger.standing(study, mismatches, cell, rows["id"])
-        frame = tables.summary(study, cell, "variant")
-        if len(frame):
-            blocks.append(_value_table(study, frame, f"{cell}, variants", standing,
-                                       words.seen(study, rows)))
-        frame = tables.summary(study, cell, "source")  # teachers and twins are measured unlike
-        for _, part in frame.groupby(frame.notna().apply(tuple, axis=1) if len(frame) else []):
-            part = part.dropna(axis=1, how="all")
-            blocks.append(_value_table(study, part, f"{cell}, sources",
-                                       owed(study, cell, part.index),
-                                       words.seen(study, sources)))
-    return blocks
-
-
-def _value_table(study: Study, frame: pd.DataFrame, what: str, *notes: str) -> Table:
-    body = tuple((name, *(words.value(v, len(study.seeds)) for v in row))
-                 for name, row in zip(frame.index, frame.to_numpy(), strict=True))
-    return Table(("name", *tables.headings(list(frame.columns))), body,
-                 " ".join(filter(None, (
-                     f"{what} at their last point:",
-                     "mean over seeds (smallest to largest; n runs where a seed is missing)."
-                     if len(study.seeds) > 1 else "values of the one seed.", *notes))))
+def _value_table(cell: Cell, frame: pd.DataFrame, what: str, *notes: str) -> Table:
+    seeds = len(cell.study.seeds)
+    body = [(name, *(words.value(v, seeds) for v in row))
+            for name, row in zip(frame.index, frame.to_numpy(), strict=True)]
+    return Table(("name", *tables.headings(list(frame.columns))), body, " ".join(filter(None, (
+        f"{cell.name}, {what} at their last point:",
+        "mean over seeds (smallest to largest; n runs where a seed is missing)."
+        if seeds > 1 else "values of the one seed.", *notes))))
 
 
 def _audit(study: Study, mismatches: list[ledger.Mismatch]) -> list[Block]:
@@ -249,7 +249,7 @@ def _audit(study: Study, mismatches: list[ledger.Mismatch]) -> list[Block]:
                      "stand on the same data, and all runs share code, device, torch and "
                      "Python."), table]
     return [Text(f"{several(len(mismatches), 'mismatch')}:"),
-            Items(tuple(m.sentence for m in mismatches)),
+            Items([m.sentence for m in mismatches]),
             table]
 
 
@@ -260,7 +260,7 @@ def _provenance(study: Study) -> list[Block]:
              for column, label in ledger.ENVIRONMENT]
     lines += [f"first weights: {name}, SHA-256 {digest[:16]} ({several(len(runs), 'run')})"
               for name, digests in study.files.items() for digest, runs in digests.items()]
-    blocks: list[Block] = [Items(tuple(lines)),
+    blocks: list[Block] = [Items(lines),
                            *sections.identities(study)]
     if len(study.missing):
         blocks += [Text("Not there of what is asked for: "
@@ -275,28 +275,21 @@ def _provenance(study: Study) -> list[Block]:
     return blocks
 
 
-def _trace(study: Study) -> list[Block]:
-    blocks: list[Block] = [Text(
-        "Every number here is computed from measures.csv, whose last column names the file in the "
-        "study folder that a value was read from. The run folder around it holds run.json (what "
-        "was trained), trained.json (what it cost) and attempts.jsonl (where it ran). "
-        "comparisons.csv lists the per-seed differences of every effect in its column points.")]
-    for cell in study.cells:
-        endpoint, primary = tables.shown_endpoint(study, cell), study.primaries.get(cell)
-        if endpoint is None or primary is None:
-            continue
-        rows = tables.select(study.measures[study.measures.cell == cell], endpoint)
-        rows = rows[rows.name.isin([primary["variant"], primary["against"]])]
-        body = [(str(r.seed), r.name, f"{r.value:.5g}", f"{r.floor:.4g}" if r.floor == r.floor
-                 else "–", Link(r.file, "../" + quote(r.file)))
-                for r in rows.sort_values("seed", kind="stable").head(2 * LISTED).itertuples()]
-        lacking = endpoint["metric"] in WITH_FLOOR and bool(rows["floor"].isna().any())
-        blocks.append(Table(("seed", "variant", tables.title(endpoint["metric"], endpoint["nfe"]),
-                             "real against real", "file"), tuple(body),
-                            f"The primary comparison of {cell}, run by run."
-                            + f" {capital(words.NO_FLOOR)}." * lacking
-                            + f" {words.seen(study, rows)}".rstrip()))
-    return blocks
+def _trace(cell: Cell) -> list[Block]:
+    if not cell.primary:
+        return []
+    endpoint = tables.shown_endpoint(cell)
+    rows = tables.select(cell.measures, endpoint)
+    rows = rows[rows.name.isin([cell.primary["variant"], cell.primary["against"]])]
+    body = [(str(r.seed), r.name, f"{r.value:.5g}", f"{r.floor:.4g}" if r.floor == r.floor
+             else "–", Link(r.file, "../" + quote(r.file)))
+            for r in rows.sort_values("seed", kind="stable").head(2 * LISTED).itertuples()]
+    lacking = endpoint["metric"] in WITH_FLOOR and bool(rows["floor"].isna().any())
+    return [Table(("seed", "variant", tables.title(endpoint["metric"], endpoint["nfe"]),
+                   "real against real", "file"), body,
+                  f"The primary comparison of {cell.name}, run by run."
+                  + f" {capital(words.NO_FLOOR)}." * lacking
+                  + f" {words.seen(cell, rows)}".rstrip())]
 
 
 def _some(lines: object) -> tuple[str, ...]:

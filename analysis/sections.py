@@ -25,7 +25,7 @@ from analysis.levels import (
     star_text,
     text_of,
 )
-from analysis.load import Study
+from analysis.load import Cell, Study
 
 ALT = {"gradient_noise": "noise of the gradient against t", "gradient_parts": "origins of noise",
        "gradient_step": "step size against t", "gradient_cosine": "cosine of gradients against t",
@@ -88,48 +88,44 @@ def sections(study: Study, figures: Callable[[str], list[Block]]) -> list[Sectio
             ("One trajectory, one output", ("trajectories",), ("trajectories", "drift"), paths),
             ("Fixed points", ("pushforward",), ("fixed_points",), oracle.blocks),
             ("Memorisation and coverage", ("memorisation", "coverage"), (), samples)):
-        cells = [c for c in study.cells if any(planned(study, c, kind) for kind in kinds)]
+        cells = [c for c in study.cells if any(planned(c, kind) for kind in kinds)]
         if cells:
-            blocks = [b for c in cells for b in table(study, c)]
+            blocks = [b for c in cells for b in table(c)]
             blocks += [b for kind in drawn for b in figures(kind)] if blocks else []
-            made.append(Section(title, tuple(blocks) or (
-                Text(f"No data yet: {title[:1].lower()}{title[1:]}."),)))
+            made.append(Section(title, blocks or [
+                Text(f"No data yet: {title[:1].lower()}{title[1:]}.")]))
     return made
 
 
-def gradient(kind: str, study: Study, cell: str) -> list[Block]:
+def gradient(kind: str, cell: Cell) -> list[Block]:
     """One row per variant and point of training, means over seeds; columns without a number are
     left out."""
     columns, over, caption = GRADIENT[kind]
-    rows = rows_of(study, cell, kind, last=False)
-    columns = tuple(c for c in columns if
-                    ((rows.quantity == c[0]) & (rows.over == over)).any())
+    rows = rows_of(cell, kind, last=False)
+    columns = [c for c in columns if ((rows.quantity == c[0]) & (rows.over == over)).any()]
     if not columns:
         return []
-    body, points = [], sorted(rows["at"].unique())
-    for name in dict.fromkeys(rows.name):
-        for at in points:
-            own = rows[(rows.name == name) & (rows["at"] == at) & (rows.over == over)]
-            if len(own):
-                body.append((str(name), *([f"{100 * at:g} %"] if len(points) > 1 else []),
-                             *(text_of(single(own, q, over)) for q, _ in columns),
-                             f"{own['id'].nunique()}"))
-    header = ("variant", *(["at"] if len(points) > 1 else []), *(c[1] for c in columns), "seeds")
-    first, second = compared(study, rows)
-    told = caption.format(first=first, second=second, star=star_text(study, cell))
-    return [Table(header, tuple(body), f"{cell}: {told} {stands_on(study, rows)}")]
+    body, several = [], rows["at"].nunique() > 1
+    for name, every in rows[rows.over == over].groupby("name", sort=False):
+        for at, own in every.groupby("at"):
+            body.append((str(name), *[f"{100 * at:g} %"] * several,
+                         *(text_of(single(own, q, over)) for q, _ in columns),
+                         f"{own['id'].nunique()}"))
+    header = ("variant", *["at"] * several, *(c[1] for c in columns), "seeds")
+    first, second = compared(cell, rows)
+    told = caption.format(first=first, second=second, star=star_text(cell))
+    return [Table(header, body, f"{cell.name}: {told} {stands_on(cell, rows)}")]
 
 
-def paths(study: Study, cell: str) -> list[Block]:
+def paths(cell: Cell) -> list[Block]:
     """Error at T, drift and spread by path."""
-    rows = rows_of(study, cell, "trajectories")
+    rows = rows_of(cell, "trajectories")
     measured = there(rows)
     if not measured:
         return []
     floor = single(rows, "floor")
     top, body = rows[rows.over == "sigma"].level.max(), []
-    for name in dict.fromkeys(rows.name):
-        own = rows[rows.name == name]
+    for name, own in rows.groupby("name", sort=False):
         for path in measured:
             end = curve(own, path)
             if top in end.index:
@@ -139,18 +135,18 @@ def paths(study: Study, cell: str) -> list[Block]:
                              text_of(floor) if path.endswith("teacher") else "–",
                              f"{entry['n']:.0f}"))
     return [Table(("variant", "path", "error at T", "spread along the path", "floor", "seeds"),
-                  tuple(body),
-                  f"{cell}: distance of f(x(T), T), T = {top:.3g}, to the end of each score's "
-                  "path from there, and spread of f along it: rms in units of the data, "
+                  body,
+                  f"{cell.name}: distance of f(x(T), T), T = {top:.3g}, to the end of each "
+                  "score's path from there, and spread of f along it: rms in units of the data, "
                   f"means over seeds {ERROR}. The floor is the distance between the "
-                  "ends of two teachers' paths. " + stands_on(study, rows))]
+                  "ends of two teachers' paths. " + stands_on(cell, rows))]
 
 
-def samples(study: Study, cell: str) -> list[Block]:
+def samples(cell: Cell) -> list[Block]:
     """Memorisation, precision, recall and the histogram of classes at the end, of variants once
     each and of sources."""
     blocks: list[Block] = []
-    every = study.instruments[study.instruments.cell == cell]
+    every = cell.instruments
     for kind, columns, caption in (
             ("memorisation", MEMORY,
              "share of samples whose nearest training image is nearer than their nearest held-out "
@@ -163,24 +159,24 @@ def samples(study: Study, cell: str) -> list[Block]:
              "precision is the share of samples near real images, recall the share of real images "
              "near samples, in the extractor's features; both are better high.")):
         rows = every[every.kind == kind]
-        names = [*tables.variants(study, cell), *rows[rows.role == "source"].name.unique()]
-        rows = study.lasting(rows[rows.name.isin(names)])
+        names = [*tables.variants(cell), *rows[rows.role == "source"].name.unique()]
+        rows = cell.lasting(rows[rows.name.isin(names)])
         rows = rows[rows["at"] == rows["at"].max()]
         if rows.empty:
             continue
-        columns = tuple(c for c in columns if (rows.quantity == c[0]).any())
+        columns = [c for c in columns if (rows.quantity == c[0]).any()]
         body = []
         for (name, ema, nfe), own in rows.groupby(["name", "ema", "nfe"], sort=False):
             entries = {q: single(own, q) for q, _ in columns}
             body.append((str(name), str(ema), f"{nfe:g}", *(
                 text_of(e | {"se": math.nan} if q.endswith("_se") else e)  # itself an error
                 for q, e in entries.items()), f"{own['id'].nunique()}"))
-        blocks.append(Table(("name", "EMA", "NFE", *(c[1] for c in columns), "seeds"), tuple(body),
-                            f"{cell}: {caption} Means over seeds. {stands_on(study, rows)}"))
+        blocks.append(Table(("name", "EMA", "NFE", *(c[1] for c in columns), "seeds"), body,
+                            f"{cell.name}: {caption} Means over seeds. {stands_on(cell, rows)}"))
     return blocks + _histogram(cell, rows)
 
 
-def _histogram(cell: str, rows: pd.DataFrame) -> list[Block]:
+def _histogram(cell: Cell, rows: pd.DataFrame) -> list[Block]:
     """Shares of classes, the training images' first."""
     classes = sorted(rows[rows.over == "class"].level.unique())
     if not classes:
@@ -195,9 +191,9 @@ def _histogram(cell: str, rows: pd.DataFrame) -> list[Block]:
         alike = rows[rows.name == name].groupby(["ema", "nfe"]).ngroups
         body.append(line(f"{name}, EMA {ema}, {nfe:g} NFE" if alike > 1 else str(name), own,
                          "shares"))
-    return [Table(("percent of class", *(f"{c:g}" for c in classes)), tuple(body),
-                  f"{cell}: shares of the classes that the extractor's classifier sees, means "
-                  "over seeds.")]
+    return [Table(("percent of class", *(f"{c:g}" for c in classes)), body,
+                  f"{cell.name}: shares of the classes that the extractor's classifier sees, "
+                  "means over seeds.")]
 
 
 def identities(study: Study) -> list[Block]:
@@ -205,7 +201,7 @@ def identities(study: Study) -> list[Block]:
     every = [[what.partition("[")[0], *(f"{k}={v}" for k, v in settings(what).items())]
              for what in study.measures.identity.unique()]
     common = [p for p in every[0] if all(p in other for other in every)] if every[1:] else []
-    lines = (", ".join(p for p in line if p not in common) for line in every)
+    lines = [", ".join(p for p in line if p not in common) for line in every]
     return [Text("Metric identities; only equal ones are compared or averaged"
                  + (f"; all have {', '.join(common)}:" if common else ":")),
-            Items(tuple(lines) or ("none yet",))]
+            Items(lines or ["none yet"])]

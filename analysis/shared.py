@@ -14,26 +14,25 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.load import Study
+from analysis.load import Cell
 
 
-def networks(study: Study, cell: str) -> set[str]:
+def networks(cell: Cell) -> set[str]:
     """The variants and sources of a cell that are untrained and have the same weights under two
     seeds or more. Fixed points have no weights and are none of them."""
-    return _repeated(study.runs[study.runs.images == 0], cell)
+    return _repeated(cell.runs[cell.runs.images == 0])
 
 
-def _repeated(runs: pd.DataFrame, cell: str) -> set[str]:
-    """The names in a cell that have the same first weights under two seeds or more."""
-    runs = runs[(runs.cell == cell) & (runs.init_digest != "")]
+def _repeated(runs: pd.DataFrame) -> set[str]:
+    """The names that have the same first weights under two seeds or more."""
+    runs = runs[runs.init_digest != ""]
     return set(runs[runs.duplicated(["name", "init_digest"])]["name"])
 
 
-def below(study: Study, cell: str) -> dict[str, list[str]]:
+def below(cell: Cell) -> dict[str, list[str]]:
     """What the other recipes of a cell learn or start from, at any remove, that is one network in
     all seeds: sources by name, and files of weights."""
-    recipes = study.recipes_of(cell)
-    one, alike = networks(study, cell), _repeated(study.runs, cell)
+    recipes, one, alike = cell.recipes, networks(cell), _repeated(cell.runs)
     found: dict[str, list[str]] = {}
     for name in (n for n in recipes if n not in one):
         seen, reached = [name], []
@@ -59,10 +58,10 @@ def _runs(value: object) -> Iterator[str]:
             yield from _runs(inner)
 
 
-def owed(study: Study, cell: str, names: Iterable[str]) -> str:
+def owed(cell: Cell, names: Iterable[str]) -> str:
     """What a caption owes its reader of variants that are one network or stand on one; "" where
     none does."""
-    names, one, stands = list(dict.fromkeys(names)), networks(study, cell), below(study, cell)
+    names, one, stands = list(dict.fromkeys(names)), networks(cell), below(cell)
     alone = ", ".join(n for n in names if n in one)
     text = [f"{alone}: one network in all seeds, whose values differ in sampling alone."] * bool(
         alone)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from analysis import shared, stats
 from analysis.files import REPORTED
 from analysis.identities import PATHS, apart, points, settings, written
-from analysis.load import Study
+from analysis.load import Cell, Study
 from analysis.recipes import SPLIT, along, computed, counterparts, differing
 from analysis.records import number
 
@@ -94,10 +94,10 @@ def headings(columns: list[tuple[str, str]]) -> list[str]:
             for h, whats, (_, what) in zip(short, alike, columns, strict=True)]
 
 
-def primary_endpoint(study: Study, cell: str) -> dict[str, Any] | None:
+def primary_endpoint(cell: Cell) -> dict[str, Any] | None:
     """The cell's primary metric, nfe, at, ema and reference; blank where the metric has none."""
-    p = study.primaries.get(cell)
-    if p is None:
+    p = cell.primary
+    if not p:
         return None
     metric = MEANT.get(p["metric"], p["metric"])  # a study names a measurement by its kind
     uses = USES.get(metric, ("nfe", "ema"))
@@ -116,49 +116,47 @@ def select(frame: pd.DataFrame, endpoint: dict[str, Any]) -> pd.DataFrame:
     return frame[keep]
 
 
-def shown_endpoint(study: Study, cell: str) -> dict[str, Any] | None:
+def shown_endpoint(cell: Cell) -> dict[str, Any] | None:
     """The endpoint that a cell's table shows: the primary's, or where none is declared the first
     metric that its variants have, at the last point.
     """
-    rows = study.measures[(study.measures.cell == cell) & (study.measures.role == "variant")]
-    rows = rows[~rows.metric.isin(REPORTED)]
-    if cell in study.primaries:
-        return primary_endpoint(study, cell)
+    if cell.primary:
+        return primary_endpoint(cell)
+    rows = cell.measures
+    rows = rows[(rows.role == "variant") & ~rows.metric.isin(REPORTED)]
     if rows.empty:
         return None
     last = rows[(rows["metric"] == rows["metric"].iloc[0]) & (rows["at"] == rows["at"].max())]
     return {k: last[k].iloc[0] for k in ENDPOINT} if len(last) else None
 
 
-def variants(study: Study, cell: str) -> list[str]:
+def variants(cell: Cell) -> list[str]:
     """The cell's variants in file order, names that mean the same runs counted once."""
-    return [name for name, kept in _names(study, cell).items() if name == kept]
+    return [name for name, kept in _names(cell).items() if name == kept]
 
 
-def _names(study: Study, cell: str) -> dict[str, str]:
+def _names(cell: Cell) -> dict[str, str]:
     """The cell's variants in file order, each with the name that its runs go by.
 
     Of such names the primary's own stays, else one that `compare` names, else the first.
     """
     ids: dict[str, tuple[str, ...]] = {}
-    rows = study.runs[(study.runs.cell == cell) & (study.runs.role == "variant")]
-    for name, group in rows.groupby("name", sort=False):
+    for name, group in cell.runs[cell.runs.role == "variant"].groupby("name", sort=False):
         ids[str(name)] = tuple(group["id"])
-    primary, kept = study.primaries.get(cell, {}), {}
+    primary, kept = cell.primary, {}
     sides = [primary[side] for side in ("variant", "against") if side in primary]
-    for name in (*reversed(ids), *(n for pair in study.compare for n in pair), *sides):
+    for name in (*reversed(ids), *(n for pair in cell.study.compare for n in pair), *sides):
         if name in ids:
             kept[ids[name]] = name
     return {name: kept[key] for name, key in ids.items()}
 
 
-def pairs(study: Study, cell: str) -> list[Pair]:
+def pairs(cell: Cell) -> list[Pair]:
     """The comparisons to make in a cell; each unordered pair once. A fixed point is compared with
     the variants that it is the end of and with no other; where the primary has one too, these are
     secondary, elsewhere they are not tested."""
-    kept, names = _names(study, cell), variants(study, cell)
-    recipes = study.recipes_of(cell)
-    primary = study.primaries.get(cell, {})
+    kept, names = _names(cell), variants(cell)
+    recipes, primary = cell.recipes, cell.primary
     sides = (primary.get("variant"), primary.get("against"))
     made: dict[frozenset[str], Pair] = {}
 
@@ -171,7 +169,7 @@ def pairs(study: Study, cell: str) -> list[Pair]:
     learned = bool(primary) and any(computed(recipes[n]) for n in sides)
     if primary:
         add(*sides, "primary")
-    for pair in study.compare:
+    for pair in cell.study.compare:
         add(*(kept.get(n, n) for n in pair), "named")
     if primary:
         for name in () if learned else trained:
@@ -198,15 +196,14 @@ def comparisons(study: Study) -> pd.DataFrame:
     """
     rows: list[dict[str, Any]] = []
     for cell in study.cells:
-        endpoint = primary_endpoint(study, cell)
-        made, names = pairs(study, cell), variants(study, cell)
-        frame = study.measures[(study.measures.cell == cell) & study.measures.name.isin(names)
-                               & (study.measures.role == "variant")
-                               & ~study.measures.metric.isin(REPORTED)]
-        runs = study.runs[(study.runs.cell == cell) & (study.runs.role == "variant")]
+        endpoint = primary_endpoint(cell)
+        made, names = pairs(cell), variants(cell)
+        frame, runs = cell.measures, cell.runs[cell.runs.role == "variant"]
+        frame = frame[frame.name.isin(names) & (frame.role == "variant")
+                      & ~frame.metric.isin(REPORTED)]
         planned = runs.pivot(index="seed", columns="name", values="id").notna()
         gone = runs.pivot(index="seed", columns="name", values="outcome") == "diverged"
-        fixed, one = study.fixed(cell), shared.networks(study, cell)
+        one = shared.networks(cell)
         groups = [(dict(zip(ENDPOINT, key[:-1], strict=True)), key[-1], group) for key, group
                   in frame.groupby([*ENDPOINT, "identity"], sort=False, dropna=False)]
         if endpoint and not len(select(frame, endpoint)):
@@ -214,8 +211,8 @@ def comparisons(study: Study) -> pd.DataFrame:
         for where, what, group in groups:
             on = apart(select(frame, where).identity).get(what, "")
             rows += _group(made, planned, gone,
-                           where | {"cell": cell, "identity": what, "stands_on": on}, group,
-                           fixed, one, tested=_same(where, endpoint))
+                           where | {"cell": cell.name, "identity": what, "stands_on": on}, group,
+                           cell.fixed, one, tested=_same(where, endpoint))
     table = pd.DataFrame(rows, columns=list(COMPARISON_COLUMNS))
     _judge(study, table)
     order = table.role.map({"primary": 0, "named": 1, "secondary": 2}).fillna(3)
@@ -294,22 +291,22 @@ def _judge(study: Study, table: pd.DataFrame) -> None:
     for i in table.index[table.role != "descriptive"]:
         row = table.loc[i]
         table.loc[i, "verdict"] = stats.ONE_NETWORK if row.shared else stats.verdict(
-            effect_of(row), number(study.primaries[row.cell]["margin"]),
+            effect_of(row), number(study.of(row.cell).primary["margin"]),
             (row.diverged_variant, row.diverged_baseline),
             None if row.role == "primary" else row.p_holm)
 
 
-def summary(study: Study, cell: str, role: str) -> pd.DataFrame:
+def summary(cell: Cell, role: str) -> pd.DataFrame:
     """Measured values of a cell at its last point: names down, metric identities across.
 
     Index: names; columns: identities; entries: (mean on the metric's own scale, min, max, n). Only
     the study's first EMA. Diverged runs are left out.
     """
-    rows = study.measures[(study.measures.cell == cell) & (study.measures.role == role)]
-    rows = study.lasting(rows[rows["value"].notna() & ~rows.metric.isin(REPORTED)])
+    rows = cell.measures[cell.measures.role == role]
+    rows = cell.lasting(rows[rows["value"].notna() & ~rows.metric.isin(REPORTED)])
     if rows.empty:
         return pd.DataFrame()
-    endpoint = primary_endpoint(study, cell)
+    endpoint = primary_endpoint(cell)
     ema = endpoint["ema"] if endpoint and endpoint["ema"] else rows["ema"].iloc[0]
     rows = rows[(rows["at"] == rows["at"].max()) & rows["ema"].isin([ema, ""])]
     rows = rows.assign(key=list(zip(rows["metric"], rows["identity"], strict=True)))

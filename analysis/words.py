@@ -10,8 +10,8 @@ import pandas as pd
 from matplotlib.ticker import EngFormatter
 
 from analysis import stats
-from analysis.load import Study
-from analysis.recipes import AMOUNT, BUDGET, computed, differing, planned
+from analysis.load import Cell
+from analysis.recipes import AMOUNT, BUDGET, computed, differing, kind_of, planned
 from analysis.records import number
 
 SI = EngFormatter(sep="\u00a0")
@@ -40,15 +40,15 @@ GLOSSARY = ("EMA: moving average of the weights, its length a share of training.
             "other real images, what a perfect model would reach.")
 
 
-def recipes(study: Study, cell: str) -> tuple[list[tuple[str, str, str]], str]:
+def recipes(cell: Cell) -> tuple[list[tuple[str, str, str]], str]:
     """(name, its factors, its images) per variant of a cell, and the factors that they share.
 
     A variant is told by the factors in which it differs from the value that most have, and by
     those in which the primary's two sides differ.
     """
-    every = study.recipes_of(cell)
+    every = cell.recipes
     own = [r for r in every.values() if r["role"] == "variant"]
-    primary = study.primaries.get(cell)
+    primary = cell.primary
     told = differing(every, primary["variant"], primary["against"]) if primary else ()
     found: dict[str, list[str]] = {r["name"]: [] for r in own}
     shared = []
@@ -163,15 +163,14 @@ def seconds(value: float) -> str:
     return f"{rounded:,.0f} s" if abs(rounded) >= 1000 else f"{rounded:g} s"
 
 
-def seen(study: Study, rows: pd.DataFrame) -> str:
+def seen(cell: Cell, rows: pd.DataFrame) -> str:
     """What a caption owes its reader of measured values that stand on the held-out images of a
     folder, directly or in their floor, by an extractor of such data; "" where none do."""
-    folders = {r["cell"] for r in study.recipes
-               if (r["factors"].get("data") or {}).get("kind") == "images"}
-    rows = rows[rows.cell.isin(folders) & (rows.floor.notna() | (rows.reference == "held_out"))
-                & rows.identity.str.contains(r"\bextractor=[^,:]+-cnn\b")]
+    folder = any(kind_of(r["factors"], "data") == "images" for r in cell.recipes.values())
+    held_out = (rows.floor.notna() | (rows.reference == "held_out")) & rows.identity.str.contains(
+        r"\bextractor=[^,:]+-cnn\b")
     return (f"Read numbers against held-out images, and real against real, with care: {SEEN}."
-            if len(rows) else "")
+            if folder and held_out.any() else "")
 
 
 def value(entry: tuple[float, float, float, int] | None, seeds: int) -> str:

@@ -363,11 +363,14 @@ def test_an_edited_results_tree_has_a_report(base: Path) -> None:
         factorial.effects(study)
         answer.answers(study, table)
         report._beside(study, table, factorial.effects(study), mismatches)
-        for part in (report._variants, report._completeness, report._provenance, report._trace):
+        for part in (report._completeness, report._provenance):
             part(study)
-        report._values(study, mismatches)
         report._audit(study, mismatches)
-        report._comparisons(study, table, mismatches)
+        for cell in study.cells:
+            report._variants(cell)
+            report._trace(cell)
+            report._values(cell, mismatches)
+            report._comparisons(cell, table, mismatches)
 
     def check(changes: dict[Path, bytes | None], whole: bool = False) -> None:
         with applied(changes):

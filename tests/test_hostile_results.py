@@ -406,7 +406,7 @@ def test_what_is_broken_is_named_in_the_report(case: str, tree: Path) -> None:
     report.tables.comparisons(study)
     if name == "samples.png":
         assert load.load(tree).problems == (problem,)  # the same bytes again: no address in it
-        assert len(probes.sample_files(study, "digits")) == 3  # of the other seed
+        assert len(probes.sample_files(study.of("digits"))) == 3  # of the other seed
     assert peak() - before < 300_000  # KiB
 
 

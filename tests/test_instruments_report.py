@@ -158,7 +158,7 @@ def test_what_is_compared_and_which_way(built: Path) -> None:
     assert "ct's one-step recall is 0.1 lower than cd's (0.5 against 0.6" in answer.sentence(
         frame.loc["recall"].copy().rename(None).pipe(lambda r: pd.Series(
             r.to_dict() | {"metric": "recall"})))
-    summary = tables.summary(load.load(built.parent), "digits", "variant")
+    summary = tables.summary(load.load(built.parent).of("digits"), "variant")
     column = next(c for c in summary.columns if c[0] == "recall")
     assert summary[column]["cd"][0] == pytest.approx(0.6)
 
@@ -214,12 +214,27 @@ def test_effective_samples_stand_beside_the_variance(built: Path) -> None:
 
 def test_parts_leave_out_levels_that_are_not_defined(built: Path) -> None:
     study = load.load(built.parent)
-    figure, _, ids = instruments.parts(study, "digits",
-                                       dict.fromkeys(FEW, "#123456"))
+    figure, _, ids = instruments.parts(study.of("digits"), dict.fromkeys(FEW, "#123456"))
     assert isinstance(figure, Figure) and ids is None
     black = figure.axes[0].collections[0].get_paths()[0].vertices
     assert black[:, 0].min() == pytest.approx(fake.SIGMA[1])
-    assert len(rows_of(study, "digits", "gradient_noise")["file"].unique()) == 9
+    assert len(rows_of(study.of("digits"), "gradient_noise")["file"].unique()) == 9
+
+
+def test_rounding_that_is_large_beside_the_noise_is_told_beside_the_answer(
+    built: Path, tmp_path: Path
+) -> None:
+    folder = fake.write(tmp_path / "grid", variants=FEW)
+    fake.instruments(folder)
+    for seed in range(3):
+        for name, share in (("ct", 0.3 + 0.01 * seed), ("cd", 0.05)):
+            file = file_of(folder, name, seed, "gradient_rounding")
+            law = json.loads(file.read_text())["law"] | {"error_over_noise": share}
+            fake.edit(file, law=law)
+    report.build(folder)
+    (told,) = [x for x in section(folder / "report", "Answer").splitlines() if "rounds much" in x]
+    assert told.startswith("Half precision rounds") and ": ct 0.31. " in told and "cd" not in told
+    assert "rounds much" not in section(built, "Answer")
 
 
 def test_variants_without_noise_have_no_panel(tmp_path: Path) -> None:
@@ -228,7 +243,7 @@ def test_variants_without_noise_have_no_panel(tmp_path: Path) -> None:
     for file in folder.glob("runs/*/measures/*-gradient_noise-*"):
         fake.edit(file, dropout=[0.0] * 6)
     study = load.load(folder)
-    figure, caption, _ = instruments.parts(study, "digits", palette(study))
+    figure, caption, _ = instruments.parts(study.of("digits"), palette(study))
     assert [a.get_title() for a in figure.axes] == ["ct"]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels[:2] == ["estimate of the score", "draw of $(t, x_t)$"]
@@ -262,7 +277,7 @@ def test_every_variant_looks_its_own(tmp_path: Path) -> None:
     (True, "single-sample and the analytic estimate are both the population's posterior mean")])
 def test_whose_posterior_mean_is_estimated(tmp_path: Path, vectors: bool, means: str) -> None:
     study = load.load(fake.write(tmp_path / "s", [0], variants=FEW, vectors=vectors))
-    _, caption, _ = probes.score(study, "digits", palette(study))
+    _, caption, _ = probes.score(study.of("digits"), palette(study))
     assert means in caption
     assert ("one standard error of the mean" in caption) == vectors
 
@@ -321,7 +336,7 @@ def test_tables_of_fixed_points(line: Path) -> None:
 
 
 def test_series_of_fixed_points(line: Path) -> None:
-    made = oracle.recipes_of(load.load(line.parent), "line")
+    made = oracle.recipes_of(load.load(line.parent).of("line"))
     assert oracle.series(made, "discretization") == [
         ["ct_18", "ct_40", "ct_150", "ct_640"], ["cd_18", "cd_40", "cd_150"]]
     assert oracle.series(made, "score") == [["ct_18", "ct_18_k4", "ct_18_k16"]]
@@ -373,5 +388,5 @@ def test_factors_in_words(given: dict, text: str) -> None:
 
 def test_repeat_in_words(tmp_path: Path) -> None:
     made = {k: fake.Made({"repeat": n}) for k, n in (("ct", 1), ("cd", 1), ("four", 4))}
-    rows, _ = words.recipes(load.load(fake.write(tmp_path / "s", [0], variants=made)), "digits")
+    rows, _ = words.recipes(load.load(fake.write(tmp_path / "s", [0], variants=made)).of("digits"))
     assert rows[2][1] == "repeat: 4 draws of x per x_t, their losses averaged"

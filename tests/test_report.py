@@ -277,7 +277,7 @@ def test_variants_in_plain_words(built: Path, tmp_path: Path) -> None:
          "32k own + 32k charged"]]
     born = fake.Made({"target": {"kind": "frozen", "run": "edm"}, "batch": 64})
     study = load.load(fake.write(tmp_path / "s", seeds=[0], variants=FEW | {"born": born}))
-    assert words.recipes(study, "digits")[0][-1][1] == (
+    assert words.recipes(study.of("digits"))[0][-1][1] == (
         "score: single sample (CT); target: frozen edm; batch: 64")
 
 
@@ -288,7 +288,7 @@ def test_a_score_measured_in_another_run_is_labelled_with_all_who_use_it(tmp_pat
     plan["recipes"] = [r | {"role": "source"} if r["name"] == "cd" else r for r in plan["recipes"]]
     fake.write_json(folder / "study.json", plan | {"primary": None})
     study = load.load(folder)
-    found = probes._by_score(study, "digits", study.score_errors, ["ct", "self_pretrain", "again"])
+    found = probes._by_score(study.of("digits"), ["ct", "self_pretrain", "again"])
     assert [(text, names) for text, names, _ in found] == [
         ("single sample (CT)", ["ct", "self_pretrain"]), ("teacher edm (CD)", ["again"])]
 
@@ -350,7 +350,7 @@ def test_contrasts_of_mean_and_noise_by_hand() -> None:
 def test_mean_and_noise_of_a_study(tmp_path: Path) -> None:
     folder = fake.write(tmp_path / "s", variants=SQUARE, noise=0.0)
     study = load.load(folder)
-    assert factorial.corners(study, "digits") == [
+    assert factorial.corners(study.of("digits")) == [
         ("cd", "noisy", "exact", "ct")]
     frame = factorial.effects(study)
     assert frame.contrast.tolist() == ["mean", "noise", "interaction"]
@@ -363,8 +363,8 @@ def test_mean_and_noise_of_a_study(tmp_path: Path) -> None:
     frame = factorial.effects(load.load(folder))
     assert set(frame.n) == {2} and frame.low.isna().all()
     other = SQUARE | {"exact": fake.Made({"score": {"kind": "empirical"}, "batch": 64})}
-    assert not factorial.corners(load.load(fake.write(tmp_path / "t", [0], variants=other)),
-                                 "digits")
+    study = load.load(fake.write(tmp_path / "t", [0], variants=other))
+    assert not factorial.corners(study.of("digits"))
 
 
 ROW = {"metric": "fid", "nfe": 1, "variant": "a", "baseline": "b", "n": 6, "planned": 6,

@@ -60,7 +60,7 @@ SPLIT = "budget split (32k own + 32k charged)"
 
 
 def test_pairs_are_primary_against_and_one_factor(tmp_path: Path) -> None:
-    pairs = tables.pairs(load.load(fake.write(tmp_path / "s")), "digits")
+    pairs = tables.pairs(load.load(fake.write(tmp_path / "s")).of("digits"))
     made = {(p.variant, p.baseline): (p.role, p.differs) for p in pairs}
     assert made == {
         ("ct", "cd"): ("primary", ("score",)), ("cd_exact", "cd"): ("secondary", ("score",)),
@@ -78,7 +78,7 @@ def test_budgets_are_oriented_like_the_primary(tmp_path: Path) -> None:
             for n, k in (("whole", 1), ("half", 2), ("quarter", 4))}
     primary = fake.PRIMARY | {"variant": "half", "against": "whole"}
     study = load.load(fake.write(tmp_path / "s", variants=made, primary=primary))
-    assert [(p.variant, p.baseline) for p in tables.pairs(study, "digits")] == [
+    assert [(p.variant, p.baseline) for p in tables.pairs(study.of("digits"))] == [
         ("half", "whole"), ("quarter", "whole"), ("quarter", "half")]
 
 
@@ -132,7 +132,7 @@ def test_unlike_identities_never_meet(tmp_path: Path) -> None:
     rows = tables.select(tables.comparisons(study), {"variant": "ct", "baseline": "cd", **END})
     assert sorted(rows.n) == [0, 2]
     assert rows.identity.nunique() == 2
-    summary = tables.summary(study, "digits", "variant")
+    summary = tables.summary(study.of("digits"), "variant")
     assert len([k for k in summary.columns if "ffffffff" in k[1]]) == 4
     assert len(set(tables.headings(list(summary.columns)))) == len(summary.columns)
     for metric, what in summary.columns:
@@ -189,7 +189,7 @@ def test_names_of_one_run_are_counted_once(tmp_path: Path) -> None:
                      if plan["recipes"][r["recipe"]]["name"] == "ct"]
     fake.write_json(folder / "study.json", plan)
     study = load.load(folder)
-    assert "heun" not in tables.variants(study, "digits")
+    assert "heun" not in tables.variants(study.of("digits"))
     assert set(study.runs[study.runs.name == "heun"].same_as) == {"ct"}
     assert row_of(tables.comparisons(study), "ct", "cd").n == 3
 
@@ -288,7 +288,7 @@ def test_one_network_measured_under_six_seeds_is_not_six_runs(tmp_path: Path) ->
     assert before.p < 1e-3 and before.sign_flip_p == 2 / 2**6 and before.family == 3
     share(folder, "ect", range(6))
     study = load.load(folder)
-    assert shared.networks(study, "digits") == {"ect"}
+    assert shared.networks(study.of("digits")) == {"ect"}
     table = tables.comparisons(study)
     row = row_of(table, "ect", "cd")
     assert (row.verdict, row.shared, row.n) == (stats.ONE_NETWORK, "ect", 6)
@@ -307,10 +307,10 @@ def test_weights_that_differ_between_seeds_are_runs(tmp_path: Path) -> None:
     folder = fake.write(tmp_path / "s", seeds=range(6), variants=WITH_ECT)
     share(folder, "ct", range(6))  # trained from the same weights, so six trainings
     study = load.load(folder)
-    assert shared.networks(study, "digits") == set()
+    assert shared.networks(study.of("digits")) == set()
     assert row_of(tables.comparisons(study), "ct", "cd").verdict == "supported"
     share(folder, "ect", range(1))  # one seed of it is there
-    assert shared.networks(load.load(folder), "digits") == set()
+    assert shared.networks(load.load(folder).of("digits")) == set()
 
 
 def test_what_runs_learn_or_start_from_is_followed_to_the_network_that_all_share(
@@ -322,24 +322,24 @@ def test_what_runs_learn_or_start_from_is_followed_to_the_network_that_all_share
             "ect": fake.Made(AS_IS), "half": fake.Made({"init": {"kind": "run",
                                                                  "run": "edm_half"}})}
     folder = fake.write(tmp_path / "s", seeds=range(2), variants=made)
-    none = shared.below(load.load(folder), "digits")
+    none = shared.below(load.load(folder).of("digits"))
     assert not any(none.values())
     spend = json.loads((fake.folder_of(folder, "edm", 0) / "trained.json").read_text())["spend"]
     share(folder, "edm", range(2), spend=spend | {"images": 0})
     for name in ("warm", "ect"):
         share(folder, name, range(2))
     study = load.load(folder)
-    assert shared.networks(study, "digits") == {"edm", "ect"}
-    below = shared.below(study, "digits")
+    assert shared.networks(study.of("digits")) == {"edm", "ect"}
+    below = shared.below(study.of("digits"))
     assert {n: s for n, s in below.items() if s} == {
         "cd": ["edm"], "second": ["edm"], "far": ["edm"], "warm": ["ect.pkl"]}
-    text = shared.owed(study, "digits", ["ct", "cd", "far", "warm", "ect", "cd"])
+    text = shared.owed(study.of("digits"), ["ct", "cd", "far", "warm", "ect", "cd"])
     assert text == (
         "ect: one network in all seeds, whose values differ in sampling alone. "
         "edm, the teacher or first weights of cd, far, is shared by all seeds: no interval over "
         "seeds covers its own variation. ect.pkl, the teacher or first weights of warm, is shared "
         "by all seeds: no interval over seeds covers its own variation.")
-    assert shared.owed(study, "digits", ["ct", "half"]) == ""
+    assert shared.owed(study.of("digits"), ["ct", "half"]) == ""
 
 
 @pytest.mark.parametrize(("first", "second", "told"), [
