@@ -130,8 +130,9 @@ def rounded(cell: Cell) -> str:
     found = {str(n): single(rows[rows.name == n], "error_over_noise", "law")["mean"]
              for n in dict.fromkeys(rows.name)}
     told = ", ".join(f"{n} {plain(x, 2)}" for n, x in found.items() if x >= ROUNDS)
-    return told and ("half precision rounds much of a batch's gradient in units of the batch's "
-                     f"noise: {told}. Comparisons of these may be of rounding: see Half precision.")
+    return told and (
+        "half precision rounds much of a batch's gradient in units of the batch's noise: "
+        f"{told}. Comparisons of these may be of rounding: see Half precision.")
 
 
 def measured(rows: pd.DataFrame, quantity: str, over: str = "sigma") -> bool:
