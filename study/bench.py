@@ -24,8 +24,8 @@ from rich.table import Table
 
 from study import worker
 from study.capture import usable
-from study.errors import StudyError, command
-from study.forecast import BENCH, bench_of, is_timed, step_key
+from study.errors import StudyError, command, lasting
+from study.forecast import BENCH, Kind, bench_of, is_timed, step_key
 from study.launch import devices
 from study.resolve import load
 from study.run import chosen, fetch_data
@@ -60,7 +60,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps-only", action="store_true",
                    help="leave out measurements and the cost of determinism")  # fmt: skip
     p.add_argument("--results", type=Path, default=Path("results"), metavar="DIR",
-                   help="DIR/STUDY/bench.json keeps the figures for study.run --plan")  # fmt: skip
+                   help="DIR/STUDY/bench-cpu.json or bench-cuda.json keeps the figures for "
+                        "study.run --plan")  # fmt: skip
     p.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE",
                    help="override a key of the study file")  # fmt: skip
     return p
@@ -134,6 +135,7 @@ def bench(
     set_up()
     say = partial(console.print, highlight=False, markup=False)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "one CPU thread"
+    kind: Kind = "cuda" if device.type == "cuda" else "cpu"
     precisions = sorted({r.recipe.factors.precision for r in runs.values()})
     ceilings = {precision: ceiling(device, precision) for precision in precisions}
     for precision, flops in ceilings.items():
@@ -145,12 +147,12 @@ def bench(
         "code": worker.CODE["code"],
         "ceilings": ceilings,
         "steps": {},
-        "recipes": kept(store, where),
+        "recipes": kept(store, where, kind),
     }
 
     def keep() -> None:
         store.path.mkdir(parents=True, exist_ok=True)
-        write_json(store.path / BENCH, result)
+        write_json(store.path / BENCH[kind], result)
 
     with TemporaryDirectory() as folder:
         here = Site(study, device, Path(folder))
@@ -197,21 +199,21 @@ def bench(
                     "alone")  # fmt: skip
                 keep()
     total = result["forecast_seconds"] = forecast(study, rows)
-    parts = ", ".join(f"{name} {value / 3600:.2f}" for name, value in total.items())
+    parts = ", ".join(f"{name} {lasting(value)}" for name, value in total.items() if value)
     steps = [r for r in study.unique.values() if is_timed(r)]
     missing = sum(step_key(r) not in rows for r in steps)
     left_out = f"; {missing} of {len(steps)} runs not timed" if missing else ""
     there = [r for r in steps if step_key(r) in rows]
     unmeasured = sum(measuring(r, rows[step_key(r)]) is None for r in there)
     left_out += f"; measurements of {unmeasured} runs not timed" if unmeasured else ""
-    say(f"the whole study on one worker: {sum(total.values()) / 3600:.2f} hours "
+    say(f"the whole study on one worker: {lasting(sum(total.values()))} "
         f"({parts}{left_out})")  # fmt: skip
     keep()
 
 
-def kept(store: Store, device: str) -> dict[str, dict[str, Any]]:
+def kept(store: Store, device: str, kind: Kind) -> dict[str, dict[str, Any]]:
     """What an earlier bench on this device, by this torch and code, found of other recipes."""
-    old, here = bench_of(store), (device, torch.__version__, worker.CODE["code"])
+    old, here = bench_of(store, kind), (device, torch.__version__, worker.CODE["code"])
     return old["recipes"] if (old["device"], old["torch"], old["code"]) == here else {}
 
 

@@ -28,7 +28,7 @@ from typing import Any
 from rich.console import Console
 
 from study import sealed
-from study.errors import StudyError, several
+from study.errors import StudyError, lasting, several
 from study.forecast import Speeds, kind_of
 from study.jobs import Job
 from study.parameters import remarks
@@ -215,8 +215,8 @@ def _show(console: Console, name: str, array: Array, values: dict[str, Any],
     lines = [f"{name}: {several(count, 'job')}"]
     lines += [line for line in text.splitlines() if line.startswith("#SBATCH")] + values["setup"]
     for i, job in enumerate(array.jobs):
-        length = sum(times[r.id] for r in job) / 60
-        lines.append(f"  job {i}, about {length:.1f} minutes: {', '.join(map(label, job))}")
+        length = lasting(sum(times[r.id] for r in job))
+        lines.append(f"  job {i}, about {length}: {', '.join(map(label, job))}")
     say(console, *lines)
 
 

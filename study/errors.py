@@ -34,6 +34,11 @@ def several(n: float, what: str) -> str:
     return f"{n:,.0f} {what}" + ("" if n == 1 else "es" if what.endswith("ch") else "s")
 
 
+def lasting(seconds: float) -> str:
+    """A length of time: "0.5 minutes", "2.3 hours"."""
+    return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
 def listed(what: str, values: Iterable[object]) -> str:
     """Things by number or name, each once and in order: "seed 0", "seeds 0, 1"."""
     found = sorted(set(values))

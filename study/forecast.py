@@ -1,8 +1,8 @@
 """How long runs take one worker: by what the study's own finished runs took, else as timed here.
 
 A recipe's own seconds per image where one of its seeds is finished, otherwise the mean of its
-cell's, otherwise what `study.bench` wrote into results/STUDY/bench.json. Only what ran on the kind
-of device that is asked for counts: a CPU says nothing of a GPU.
+cell's, otherwise what `study.bench` wrote into results/STUDY, one file for CPUs and one for GPUs.
+Only what ran on the kind of device that is asked for counts: a CPU says nothing of a GPU.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Literal, TypedDict
 
 import msgspec
 
-from study.errors import StudyError
+from study.errors import StudyError, lasting
 from study.factors import Budget, Random
 from study.identity import difference, digest
 from study.launch import gpus
@@ -19,9 +19,9 @@ from study.meaning import updated
 from study.spec import Run
 from study.store import Attempt, Folder, Store, read_json, read_lines
 
-BENCH = "bench.json"  # in results/STUDY: what study.bench found
 CPU = ("cpu", "one CPU thread")  # as attempts name it, and as study.bench does
 Kind = Literal["cpu", "cuda"]
+BENCH: dict[Kind, str] = {"cpu": "bench-cpu.json", "cuda": "bench-cuda.json"}  # in results/STUDY
 
 
 class Timed(TypedDict):
@@ -42,12 +42,10 @@ class Bench(TypedDict):
     recipes: dict[str, Timed]
 
 
-NOTHING: Bench = {"device": "", "torch": "", "code": "", "recipes": {}}
-
-
-def bench_of(store: Store) -> Bench:
-    """What study.bench wrote, or an empty one."""
-    return read_json(store.path / BENCH, Bench) or NOTHING
+def bench_of(store: Store, kind: Kind) -> Bench:
+    """What study.bench wrote of this kind of device, or an empty one."""
+    empty: Bench = {"device": "", "torch": "", "code": "", "recipes": {}}
+    return read_json(store.path / BENCH[kind], Bench) or empty
 
 
 def step_key(run: Run) -> str:
@@ -93,9 +91,7 @@ class Speeds:
                 speed = trained["spend"]["seconds"] / trained["spend"]["images"]
                 for key in ((run.recipe.cell, run.recipe.name), (run.recipe.cell,)):
                     self.finished.setdefault(key, []).append(speed)
-        self.bench = bench_of(store)
-        if (self.bench["device"] in CPU) != (kind == "cpu"):
-            self.bench = NOTHING
+        self.bench = bench_of(store, kind)
 
     def timed(self, run: Run) -> Timed | None:
         """The bench's row of the run's recipe; none where it was timed with other factors."""
@@ -144,8 +140,8 @@ def forecast(store: Store, new: list[Run], kind: Kind) -> str | None:
     known = [value for value in beside if value is not None]
     then = "measuring comes on top"
     if known:
-        then = f"compiling and measuring {sum(known) / 60:.1f} more"
+        then = f"compiling and measuring {lasting(sum(known))} more"
         then += f" (not timed for {len(new) - len(known)} runs)" * (len(known) < len(new))
     then += "; of the others nothing is known, python -m study.bench finds out" * bool(unknown)
-    return (f"training {of} takes about {sum(trainings) / 60:.1f} minutes of one worker by "
+    return (f"training {of} takes about {lasting(sum(trainings))} of one worker by "
             f"{' and '.join(stands)}, {then}")  # fmt: skip

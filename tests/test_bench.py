@@ -15,11 +15,11 @@ from study import run as command
 from study.bench import kept, main
 from study.capture import usable
 from study.errors import StudyError
-from study.forecast import step_key
+from study.forecast import BENCH, Speeds, step_key
 from study.launch import gpus
 from study.resolve import load
 from study.spec import Run
-from study.store import Store
+from study.store import Store, write_json
 from study.student import Student, largest_batch
 from study.timing import Site, measure_key, steps_of, together
 
@@ -38,7 +38,7 @@ def benched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     path = write(folder, replaced("seeds: [0, 1]", WARM + "seeds: [0, 1]"))
     words = [str(path), "--device", "cpu", "--steps", "3", "--results", str(folder / "results")]
     assert main(words) == 0
-    return folder, json.loads((folder / "results/small/bench.json").read_text())
+    return folder, json.loads((folder / "results/small/bench-cpu.json").read_text())
 
 
 def test_a_step_is_timed_once_however_many_runs_take_it(tmp_path: Path) -> None:
@@ -88,6 +88,29 @@ def test_plan_tells_the_benchs_forecast(
     text = " ".join(capsys.readouterr().out.split())
     minutes = found["forecast_seconds"]["training"] / 60
     assert f"takes about {minutes:.1f} minutes of one worker by study.bench on one CPU" in text
+
+
+def test_figures_of_a_cpu_and_of_a_gpu_lie_side_by_side(
+    benched: tuple[Path, dict], tmp_path: Path
+) -> None:
+    folder, found = benched
+    store = Store(tmp_path, load(folder / "small.yaml"))
+    run = next(r for r in store.study.runs if r.recipe.name == "ct")
+    store.path.mkdir()
+    row = found["recipes"]["small/ct"]
+    fast = row | {"seconds_per_image": row["seconds_per_image"] / 100}
+    for kind, device, its in (("cuda", "a GPU", fast), ("cpu", "one CPU thread", row)):
+        figures = found | {"device": device, "recipes": {"small/ct": its}}
+        write_json(store.path / BENCH[kind], figures)
+    told = {kind: Speeds(store, kind).training(run) for kind in BENCH}
+    assert told["cpu"] == row["seconds_per_image"] * run.images
+    assert told["cuda"] == pytest.approx(told["cpu"] / 100)
+
+
+def test_lengths_of_time_are_told_in_what_people_count() -> None:
+    assert errors.lasting(30) == "0.5 minutes"
+    assert errors.lasting(7199) == "120.0 minutes"
+    assert errors.lasting(9000) == "2.5 hours"
 
 
 def test_a_table_in_a_log_names_runs_whole(
@@ -213,7 +236,7 @@ def test_every_seeds_measurements_are_in_the_forecast_and_flips_are_timed_as_tra
     words = [str(path), "--results", str(tmp_path / "results")]
     assert main([*words, "--device", "cpu", "--steps", "1"]) == 0
     assert all(dataset.flip for dataset in seen)
-    found = json.loads((tmp_path / "results/small/bench.json").read_text())
+    found = json.loads((tmp_path / "results/small/bench-cpu.json").read_text())
     names = "ct", "exact", "edm"
     ct, exact, edm = (found["recipes"][f"small/{n}"]["measuring_seconds"] for n in names)
     assert min(ct, exact) > 0
@@ -240,10 +263,10 @@ def test_figures_are_kept_of_the_same_machine_torch_and_code(other: str, tmp_pat
              "measuring_seconds": None}  # fmt: skip
     store = Store(tmp_path, load(write(tmp_path)))
     store.path.mkdir(parents=True)
-    (store.path / "bench.json").write_text(
+    (store.path / "bench-cuda.json").write_text(
         json.dumps(here | {"recipes": {"c/ct": timed}} | ({other: "x"} if other else {}))
     )
-    assert kept(store, "gpu") == ({} if other else {"c/ct": timed})
+    assert kept(store, "gpu", "cuda") == ({} if other else {"c/ct": timed})
 
 
 def test_a_bench_cut_short_has_told_and_kept_what_it_timed(
@@ -261,7 +284,7 @@ def test_a_bench_cut_short_has_told_and_kept_what_it_timed(
     words = [str(write(tmp_path)), "--device", "cpu", "--steps", "1", "--steps-only"]
     with pytest.raises(KeyboardInterrupt):
         main([*words, "--results", str(tmp_path / "results")])
-    found = json.loads((tmp_path / "results/small/bench.json").read_text())
+    found = json.loads((tmp_path / "results/small/bench-cpu.json").read_text())
     assert len(found["steps"]) == 2 and len(found["recipes"]) >= 2
     said = capsys.readouterr().out
     assert all(f"{name}: " in said for name in found["steps"])
@@ -299,7 +322,7 @@ def test_what_determinism_costs_is_kept_before_many_run_at_once(
     words = [str(write(tmp_path)), "--device", "cpu", "--steps", "1", "--workers", "2"]
     with pytest.raises(KeyboardInterrupt):
         main([*words, "--only", "edm-*", "--results", str(tmp_path / "results")])
-    found = json.loads((tmp_path / "results/small/bench.json").read_text())
+    found = json.loads((tmp_path / "results/small/bench-cpu.json").read_text())
     assert found["determinism"]["ratio"] == 1.25
 
 

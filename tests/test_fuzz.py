@@ -283,7 +283,7 @@ def finished(base: Path) -> Path:
     timed = {"step": forecast.step_key(ct), "seconds_per_image": 1e-3,
              "first_update_seconds": 1.0, "measuring_seconds": None}  # fmt: skip
     bench = {"device": "cpu", "torch": "2", "code": "x", "recipes": {"small/ct": timed}}
-    write_json(store.path / forecast.BENCH, bench)
+    write_json(store.path / forecast.BENCH["cpu"], bench)
     return path
 
 
