@@ -35,7 +35,9 @@ def several(n: float, what: str) -> str:
 
 
 def lasting(seconds: float) -> str:
-    """A length of time: "0.5 minutes", "2.3 hours"."""
+    """A length of time: "12 seconds", "1.5 minutes", "2.3 hours"."""
+    if seconds < 60:
+        return f"{seconds:.2g} seconds"
     return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 

@@ -86,8 +86,8 @@ def test_plan_tells_the_benchs_forecast(
     words = [str(folder / "small.yaml"), "--plan", "--results", str(folder / "results")]
     assert command.main([*words, "--device", "cpu"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    minutes = found["forecast_seconds"]["training"] / 60
-    assert f"takes about {minutes:.1f} minutes of one worker by study.bench on one CPU" in text
+    length = errors.lasting(found["forecast_seconds"]["training"])
+    assert f"takes about {length} of one worker by study.bench on one CPU" in text
 
 
 def test_figures_of_a_cpu_and_of_a_gpu_lie_side_by_side(
@@ -108,7 +108,9 @@ def test_figures_of_a_cpu_and_of_a_gpu_lie_side_by_side(
 
 
 def test_lengths_of_time_are_told_in_what_people_count() -> None:
-    assert errors.lasting(30) == "0.5 minutes"
+    assert errors.lasting(0.347) == "0.35 seconds"
+    assert errors.lasting(42.1) == "42 seconds"
+    assert errors.lasting(90) == "1.5 minutes"
     assert errors.lasting(7199) == "120.0 minutes"
     assert errors.lasting(9000) == "2.5 hours"
 
@@ -267,6 +269,20 @@ def test_figures_are_kept_of_the_same_machine_torch_and_code(other: str, tmp_pat
         json.dumps(here | {"recipes": {"c/ct": timed}} | ({other: "x"} if other else {}))
     )
     assert kept(store, "gpu", "cuda") == ({} if other else {"c/ct": timed})
+
+
+def test_a_bench_leaves_the_other_devices_figures_and_adds_to_its_own(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    store = Store(tmp_path / "results", load(path))
+    store.path.mkdir(parents=True)
+    (store.path / BENCH["cuda"]).write_text("another machine's")
+    words = [str(path), "--device", "cpu", "--steps", "1", "--steps-only"]
+    for only in ("edm-*", "ct-*"):
+        assert main([*words, "--only", only, "--results", str(tmp_path / "results")]) == 0
+    assert (store.path / BENCH["cuda"]).read_text() == "another machine's"
+    found = json.loads((store.path / BENCH["cpu"]).read_text())
+    assert set(found["steps"]) == {"ct-small"}
+    assert set(found["recipes"]) >= {"small/edm", "small/ct"}
 
 
 def test_a_bench_cut_short_has_told_and_kept_what_it_timed(

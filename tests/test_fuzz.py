@@ -344,8 +344,9 @@ def test_an_edited_results_tree_has_a_state_and_a_plan(
 
         with applied(changes):
             tried("run folders", base, states)
+            words = [str(study), "--results", str(results), "--device", "cpu"]
             for word in ("--plan", "--status"):
-                assert run.main([str(study), "--results", str(results), word]) in (0, 1, 2, 3)
+                assert run.main([*words, word]) in (0, 1, 2, 3)
             assert "\x1b" not in capsys.readouterr().out
 
     often(edits(store.path), check)

@@ -235,7 +235,7 @@ def test_edited_figures_of_speed_are_named(
 ) -> None:
     folder_of(home).file("trained.json").unlink()
     (home / "results" / "small" / BENCH["cpu"]).write_text(bench)
-    assert command(home, "--plan") == 2
+    assert command(home, "--plan", "--device", "cpu") == 2
     assert f"{BENCH['cpu']}: cannot be read" in capsys.readouterr().err
 
 
