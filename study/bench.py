@@ -25,7 +25,7 @@ from rich.table import Table
 from study import worker
 from study.capture import usable
 from study.errors import StudyError, command, lasting
-from study.forecast import BENCH, Kind, bench_of, is_timed, step_key
+from study.forecast import BENCH, Kind, bench_of, is_timed, kind_of, step_key
 from study.launch import devices
 from study.resolve import load
 from study.run import chosen, fetch_data
@@ -134,8 +134,8 @@ def bench(
         raise StudyError(f"{options.study}: nothing here is trained")
     set_up()
     say = partial(console.print, highlight=False, markup=False)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "one CPU thread"
-    kind: Kind = "cuda" if device.type == "cuda" else "cpu"
+    kind = kind_of(device.type)
+    where = torch.cuda.get_device_name(device) if kind == "cuda" else "one CPU thread"
     precisions = sorted({r.recipe.factors.precision for r in runs.values()})
     ceilings = {precision: ceiling(device, precision) for precision in precisions}
     for precision, flops in ceilings.items():

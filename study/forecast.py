@@ -19,7 +19,6 @@ from study.meaning import updated
 from study.spec import Run
 from study.store import Attempt, Folder, Store, read_json, read_lines
 
-CPU = ("cpu", "one CPU thread")  # as attempts name it, and as study.bench does
 Kind = Literal["cpu", "cuda"]
 BENCH: dict[Kind, str] = {"cpu": "bench-cpu.json", "cuda": "bench-cuda.json"}  # in results/STUDY
 
@@ -75,7 +74,7 @@ def ran_on(folder: Folder) -> set[Kind]:
         rows = read_lines(folder.file("attempts.jsonl"), Attempt)
     except StudyError:
         return set()
-    return {"cpu" if row["device"] in CPU else "cuda" for row in rows if "device" in row}
+    return {"cpu" if row["device"] == "cpu" else "cuda" for row in rows if "device" in row}
 
 
 class Speeds:
